@@ -1,0 +1,145 @@
+"""What the tests share: where the test data is, and small random checkpoints made on the spot."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tinygpt2
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+DTYPES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16"}
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of test data; tests that need it are skipped where it is absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"needs the project's test data in {DATA}")
+    return DATA
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> None:
+    """A writer of the tests' own, so that nothing is checked against itself. u2 is BF16."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
+    for name, array in tensors.items():
+        stop = offset + array.nbytes
+        header[name] = {
+            "dtype": DTYPES[array.dtype.newbyteorder("<").str],
+            "shape": list(array.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header).encode()
+    body = b"".join(np.ascontiguousarray(array).tobytes() for array in tensors.values())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Float32 weights with the hub's names and orientations, wide enough to tell tokens apart."""
+    random = np.random.default_rng(seed)
+    n_embd, vocab_size = config["n_embd"], config["vocab_size"]
+    n_inner = config.get("n_inner") or 4 * n_embd
+
+    def draw(*shape: int, scale: float = 0.2, mean: float = 0.0) -> np.ndarray:
+        return (mean + scale * random.standard_normal(shape)).astype(np.float32)
+
+    weights = {
+        "wte.weight": draw(vocab_size, n_embd),
+        "wpe.weight": draw(config["n_positions"], n_embd),
+    }
+    for i in range(config["n_layer"]):
+        for name, shape in {
+            "attn.c_attn": (n_embd, 3 * n_embd),
+            "attn.c_proj": (n_embd, n_embd),
+            "mlp.c_fc": (n_embd, n_inner),
+            "mlp.c_proj": (n_inner, n_embd),
+        }.items():
+            weights[f"h.{i}.{name}.weight"] = draw(*shape)
+            weights[f"h.{i}.{name}.bias"] = draw(shape[1])
+        for name in ("ln_1", "ln_2"):
+            weights[f"h.{i}.{name}.weight"] = draw(n_embd, mean=1.0)
+            weights[f"h.{i}.{name}.bias"] = draw(n_embd)
+    weights["ln_f.weight"], weights["ln_f.bias"] = draw(n_embd, mean=1.0), draw(n_embd)
+    if not config.get("tie_word_embeddings", True):
+        weights["lm_head.weight"] = draw(vocab_size, n_embd)
+    return weights
+
+
+TOY = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+END = "<|endoftext|>"
+
+
+def toy_tokenizer(
+    merges: Iterable[str] = ("t h", "h e", "th e", "Ġ the", "Ġ a", "i n", "in g", "Ã ©"),
+) -> tuple[dict[str, int], list[str]]:
+    """vocab.json and merges.txt of a tiny byte-level BPE: 256 bytes, a few merges, end-of-text."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    lines = list(merges)
+    words = [*letters, *(line.replace(" ", "") for line in lines), END]
+    return {word: i for i, word in enumerate(words)}, lines
+
+
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any] | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
+    tokenizer: bool = True,
+    seed: int = 0,
+) -> Path:
+    """A checkpoint folder as transformers writes it: config.json, model.safetensors, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": "gpt2",
+        **TOY,
+        "bos_token_id": 264,
+        "eos_token_id": 264,
+        **(config or {}),
+    }
+    weights = random_weights(config, seed) if weights is None else weights
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    write_safetensors(folder / "model.safetensors", weights, {"format": "pt"})
+    if tokenizer:
+        vocab, lines = toy_tokenizer()
+        (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n", "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .tg2 file of a small random model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("toy")
+    out = folder / "toy.tg2"
+    tinygpt2.convert(write_checkpoint(folder / "checkpoint"), out)
+    return out
+
+
+@pytest.fixture
+def toy(toy_path: Path) -> Iterable[tinygpt2.Model]:
+    with tinygpt2.load(toy_path) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer_path(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .tg2 file with GPT-2's vocabulary of 50,257 tokens, and hardly a model."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = {"vocab_size": 50257, "n_positions": 8, "n_embd": 2, "n_layer": 1, "n_head": 1}
+    config |= {"bos_token_id": 50256, "eos_token_id": 50256}
+    write_checkpoint(folder, config, tokenizer=False)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((data / "gpt2-vocab" / name).read_bytes())
+    tinygpt2.convert(folder, folder / "gpt2.tg2")
+    return folder / "gpt2.tg2"
