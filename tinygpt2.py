@@ -56,7 +56,6 @@ from typing import (
 
 if TYPE_CHECKING:
     import argparse
-    import http.client
 
     import numpy as np
 
@@ -112,15 +111,15 @@ class ContextError(InputError):
     """More tokens than the model has positions."""
 
 
-class StateError(TinyGPT2Error, RuntimeError):
+class StateError(TinyGPT2Error):
     """A session or model that is closed, or that two callers use at the same time."""
 
 
-class NumericError(TinyGPT2Error, ArithmeticError):
+class NumericError(TinyGPT2Error):
     """The model computed NaN or infinity: its weights are damaged or were never trained."""
 
 
-class DownloadError(TinyGPT2Error, OSError):
+class DownloadError(TinyGPT2Error):
     """A file could not be fetched from the hub."""
 
 
@@ -468,6 +467,13 @@ def layout(config: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
     return tensors
 
 
+def vector_length(config: Config, name: str) -> int:
+    """The length of a bias or layer norm vector without its padding."""
+    if name.endswith("c_attn.bias"):
+        return 3 * config.n_embd
+    return config.n_inner if name.endswith("c_fc.bias") else config.n_embd
+
+
 def read_config(file: TensorFile) -> Config:
     """The configuration of a .tg2 file, checked against the tensors that the file holds."""
     name, version = file.metadata.get("format"), file.metadata.get("format_version")
@@ -578,7 +584,8 @@ class ShadowCutter:
 
     def cut(self, text: str) -> Iterator[str]:
         shadow = text.translate(self.shadow_of(text))
-        return (text[match.start() : match.end()] for match in self.pattern.finditer(shadow))
+        for match in self.pattern.finditer(shadow):
+            yield text[match.start() : match.end()]
 
     def shadow_of(self, text: str) -> dict[int, str]:
         if text.isascii():
@@ -601,7 +608,14 @@ def mend_surrogates(text: str) -> str:
 
 
 NO_TOKEN = 0xFFFFFFFF
-MAX_CACHED_WORDS, MAX_CACHED_LENGTH = 1 << 16, 32
+MAX_CACHE, MAX_CACHED_WORD = 1 << 16, 32  # entries; characters
+
+
+def remember(cache: dict[Any, Any], key: object, value: object) -> None:
+    """Keep what was worked out, within bounds: text repeats its words and pairs."""
+    if len(cache) >= MAX_CACHE:
+        cache.clear()
+    cache[key] = value
 
 
 class Tokenizer:
@@ -628,7 +642,8 @@ class Tokenizer:
         self.n_merges = config.n_merges or 0
         self.check(file.path, config.n_token_bytes)
         self.cut: Callable[[str], Iterable[str]] | None = None  # made by the first text
-        self.cache: dict[str, list[int]] = {}  # of short words, which repeat
+        self.cache: dict[str, list[int]] = {}  # the tokens of short words
+        self.found: dict[int, int] = {}  # the merges of pairs
 
     def check(self, path: str, n_token_bytes: int) -> None:
         """Everything that encoding and decoding rely on. Whole lists at a time: it must be fast."""
@@ -693,15 +708,10 @@ class Tokenizer:
             known = self.cache.get(word)
             if known is None:
                 known = self.merge(word.encode("utf-8"))
-                self.remember(word, known)
+                if len(word) <= MAX_CACHED_WORD:
+                    remember(self.cache, word, known)
             tokens += known
         return tokens
-
-    def remember(self, word: str, tokens: list[int]) -> None:
-        if len(word) <= MAX_CACHED_LENGTH:
-            if len(self.cache) >= MAX_CACHED_WORDS:
-                self.cache.clear()
-            self.cache[word] = tokens
 
     def merge(self, word: bytes) -> list[int]:
         """Join neighbours, the lowest rank first and the leftmost among equals, until none is left.
@@ -728,12 +738,11 @@ class Tokenizer:
                 before[after[i]] = i
             for left in (before[i], i):  # the pairs that the new token is part of
                 if left >= 0:
-                    merge = -1
-                    if after[left] < size:
-                        merge = self.find_merge(tokens[left], tokens[after[left]])
-                    merges[left] = merge
-                    if merge >= 0:
-                        heapq.heappush(heap, self.ranks[merge] * size + left)
+                    right = after[left]
+                    m = self.find_merge(tokens[left], tokens[right]) if right < size else -1
+                    merges[left] = m
+                    if m >= 0:
+                        heapq.heappush(heap, self.ranks[m] * size + left)
         return [token for token in tokens if token >= 0]
 
     def byte_token(self, byte: int) -> int:
@@ -745,8 +754,13 @@ class Tokenizer:
     def find_merge(self, left: int, right: int) -> int:
         """The index of the merge of two tokens, or -1."""
         pair = left << 32 | right
-        merge = bisect.bisect_left(self.pairs, pair, 0, self.n_merges)
-        return merge if merge < self.n_merges and self.pairs[merge] == pair else -1
+        merge = self.found.get(pair)
+        if merge is None:
+            merge = bisect.bisect_left(self.pairs, pair, 0, self.n_merges)
+            if merge == self.n_merges or self.pairs[merge] != pair:
+                merge = -1
+            remember(self.found, pair, merge)
+        return merge
 
     def close(self) -> None:
         for view in (self.bytes, self.offsets, self.byte_ids, self.pairs, self.ranks, self.results):
@@ -758,6 +772,9 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------------
 
 
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
 def import_numpy(threads: int | None = None) -> None:
     """Import NumPy on first use, so that importing this module costs nothing.
 
@@ -765,13 +782,15 @@ def import_numpy(threads: int | None = None) -> None:
     """
     global np
     if threads is not None and "numpy" not in sys.modules:
-        for library in ("OMP", "OPENBLAS", "MKL", "VECLIB_MAXIMUM", "BLIS"):
-            os.environ[f"{library}_NUM_THREADS".replace("MAXIMUM_NUM", "MAXIMUM")] = str(threads)
+        os.environ.update(dict.fromkeys(BLAS_THREADS, str(threads)))
     try:
         import numpy as np
     except ImportError:
         advice = "`pip install numpy`"
         raise TinyGPT2Error(f"NumPy is needed to compute and is not installed: {advice}") from None
+
+
+MANY_ROWS = 48  # measured: from here on copying panels together is faster
 
 
 def linear(x: Array, panels: Array, bias: Array) -> Array:
@@ -780,9 +799,17 @@ def linear(x: Array, panels: Array, bias: Array) -> Array:
 
 
 def project(x: Array, panels: Array, n: int) -> Array:
-    """x @ W. One product for each panel, then the panels side by side. -> [T, n]"""
-    y = np.matmul(x, panels)  # [n/16, T, 16]
-    return y.transpose(1, 0, 2).reshape(len(x), -1)[:, :n]
+    """x @ W for a W in panels. [T, k], [n/16, k, 16] -> [T, n]"""
+    if len(x) < MANY_ROWS:
+        y = np.matmul(x, panels)  # one product for each panel: [n/16, T, 16]
+        return y.transpose(1, 0, 2).reshape(len(x), -1)[:, :n]
+    # Products this narrow waste a processor's caches when there is much to do. A few panels laid
+    # side by side, [k, 128], are cheap to copy and make one good product.
+    out = np.empty((len(x), PANEL * len(panels)), np.float32)
+    for first in range(0, len(panels), 8):
+        group = panels[first : first + 8].transpose(1, 0, 2).reshape(x.shape[1], -1)
+        np.matmul(x, group, out=out[:, PANEL * first : PANEL * first + group.shape[1]])
+    return out[:, :n]
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
@@ -844,14 +871,14 @@ def attention_scores(q: Array, k: Array, scale: float) -> Array:
 
 
 class NumpyBackend:
-    """The forward pass in NumPy. A backend has a name, `new_cache` and `forward`, no more.
+    """The forward pass in NumPy. A backend has these attributes and first four methods, no more.
 
     It holds the weights, which never change; all that changes is in the cache, which belongs to
     one session. So one backend serves any number of sessions in any number of threads.
     """
 
     name = "numpy"
-    chunk = 128  # tokens in one pass at most, which bounds the scratch memory
+    chunk = 256  # tokens in one pass at most, which bounds the scratch memory
 
     def __init__(self, file: TensorFile, config: Config, threads: int | None) -> None:
         import_numpy(threads)
@@ -859,20 +886,21 @@ class NumpyBackend:
         self.activation = {"gelu_new": gelu_new, "gelu": gelu, "relu": relu}[
             config.activation_function
         ]
-        n_embd, n_inner = config.n_embd, config.n_inner
+        n_embd = config.n_embd
         self.wte = file.array("wte.weight")  # [vocab_size/16, n_embd, 16]
         self.wpe = file.array("wpe.weight")[:, :n_embd]  # [n_positions, n_embd]
-        sizes = {"attn.c_attn.bias": 3 * n_embd, "mlp.c_fc.bias": n_inner}  # the rest is n_embd
+        self.head = self.wte if config.tie_word_embeddings else file.array("lm_head.weight")
+        self.ln_f = {
+            f"ln_f.{part}": file.array(f"ln_f.{part}")[:n_embd] for part in ("weight", "bias")
+        }
         self.blocks: list[dict[str, Array]] = [{} for _ in range(config.n_layer)]
         for name in file.tensors:
             if name.startswith("h."):
                 _, layer, part = name.split(".", 2)
-                array = file.array(name)  # panels, or a vector without its padding:
-                self.blocks[int(layer)][part] = (
-                    array if array.ndim == 3 else array[: sizes.get(part, n_embd)]
-                )
-        self.ln_f = (file.array("ln_f.weight")[:n_embd], file.array("ln_f.bias")[:n_embd])
-        self.head = self.wte if config.tie_word_embeddings else file.array("lm_head.weight")
+                array = file.array(name)  # in panels, or a vector
+                whole = array.ndim == 3
+                block = self.blocks[int(layer)]
+                block[part] = array if whole else array[: vector_length(config, name)]
 
     def new_cache(self) -> Array:
         """Room for the keys and values of every position; the system lends memory as it fills."""
@@ -896,8 +924,13 @@ class NumpyBackend:
         for i, block in enumerate(self.blocks):
             x = x + self.attention(i, block, self.norm(x, block, "ln_1"), cache[i], start)
             x = x + self.mlp(block, self.norm(x, block, "ln_2"))
-        x = layer_norm(x[len(x) - n_logits :], *self.ln_f, self.config.layer_norm_epsilon)
+        x = self.norm(x[len(x) - n_logits :], self.ln_f, "ln_f")  # [n_logits, n_embd]
         return project(x, self.head, self.config.vocab_size)
+
+    def close(self) -> None:
+        """Let go of the mapped weights."""
+        self.wte = self.wpe = self.head = None
+        self.ln_f, self.blocks = {}, []
 
     def embed(self, tokens: Array, start: int) -> Array:
         """What each token is, plus where it stands. A token is one column of one panel."""
@@ -965,10 +998,8 @@ def check_options(options: dict[str, Any], vocab_size: int) -> Options:
         known = ", ".join(Options._fields)
         raise InputError(f"option {unknown[0]}: there is no such option; known are {known}")
     checked = Options(**options)
-    checked = checked._replace(
-        stop=(checked.stop,) if isinstance(checked.stop, str) else tuple(checked.stop)
-    )
-    bias = checked.logit_bias or {}
+    if isinstance(checked.stop, str):
+        checked = checked._replace(stop=(checked.stop,))
     requirements = [
         ("max_new_tokens", is_count(checked.max_new_tokens), "a whole number from 0"),
         ("temperature", is_between(checked.temperature, 0, 1e6), "a number from 0"),
@@ -981,13 +1012,12 @@ def check_options(options: dict[str, Any], vocab_size: int) -> Options:
             "a number above 0",
         ),
         ("seed", checked.seed is None or isinstance(checked.seed, int), "a whole number or None"),
-        ("stop", all(isinstance(text, str) and text for text in checked.stop), "texts, not empty"),
+        ("stop", are_texts(checked.stop), "a text or a list of texts, none empty"),
         (
             "logit_bias",
-            all(is_token(token, vocab_size) for token in bias),
-            f"tokens below {vocab_size}",
+            are_biases(checked.logit_bias, vocab_size),
+            "a dict: token to number, or -inf",
         ),
-        ("logit_bias", all(is_bias(value) for value in bias.values()), "numbers, or -inf"),
     ]
     for name, condition, expected in requirements:
         if not condition:
@@ -999,8 +1029,16 @@ def is_between(value: object, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
-def is_bias(value: object) -> bool:
-    return is_between(value, -math.inf, 1e30)
+def are_texts(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(t, str) and t for t in value)
+
+
+def are_biases(value: object, vocab_size: int) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(is_token(token, vocab_size) for token in value)
+        and all(is_between(bias, -math.inf, 1e30) for bias in value.values())
+    )
 
 
 class SplitMix64:
@@ -1116,6 +1154,21 @@ class Score(NamedTuple):
         return -self.total / math.log(2) / self.n_bytes if self.n_bytes else math.nan
 
 
+Event = tuple[Union[int, None], str]  # a new token, and the text that it releases
+
+
+def pieces_of(events: Iterator[Event]) -> Iterator[str]:
+    for _, piece in events:
+        if piece:
+            yield piece
+
+
+def ids_of(events: Iterator[Event]) -> Iterator[int]:
+    for token, _ in events:
+        if token is not None:
+            yield token
+
+
 class Session:
     """Tokens, and the keys and values computed for them: one text that grows.
 
@@ -1169,14 +1222,13 @@ class Session:
 
     def stream(self, **options: Any) -> Iterator[str]:
         """The answer piece by piece; no piece ends inside a character or inside a stop text."""
-        return (piece for _, piece in self.events(text=True, **options) if piece)
+        return pieces_of(self.events(text=True, **options))
 
     def stream_ids(self, **options: Any) -> Iterator[int]:
         """The answer as token ids; works without a tokenizer."""
-        text = bool(options.get("stop"))
-        return (token for token, _ in self.events(text=text, **options) if token is not None)
+        return ids_of(self.events(text=bool(options.get("stop")), **options))
 
-    def events(self, text: bool, **options: Any) -> Iterator[tuple[int | None, str]]:
+    def events(self, text: bool, **options: Any) -> Iterator[Event]:
         """Each new token with the text that it releases; the text's rest comes without a token."""
         checked = check_options(options, self.model.config.vocab_size)
         tokenizer = self.model.need_tokenizer() if text else None
@@ -1209,9 +1261,10 @@ class Session:
 
     def _append(self, tokens: Sequence[int]) -> None:
         total, room = len(self._tokens) + len(tokens), self.model.config.n_positions
-        if total > room:
-            text = f"{len(self._tokens)} tokens are there and {len(tokens)} more do not fit"
-            raise ContextError(f"context: {text}: the model has {room} positions; shorten the text")
+        if tokens and total > room:
+            there = f"{len(tokens)} after {len(self._tokens)}" if self._tokens else str(total)
+            text = f"expected at most {room} tokens, the positions of the model, found {there}"
+            raise ContextError(f"context: {text}; shorten the text or rewind the session")
         if tokens:
             self._tokens += tokens
             self._logits = None
@@ -1225,11 +1278,17 @@ class Session:
             self._logits = None
             self._change += 1
 
+    def _is_full(self) -> bool:
+        """Whether the last token is the one that the last position predicted."""
+        return len(self._tokens) > self.model.config.n_positions
+
     def _last_logits(self) -> Array:
         """Compute the tokens that the cache lacks, chunk by chunk; the logits after the last."""
         if self._logits is None:
             if not self._tokens:
                 raise StateError("session: it is empty; feed it a text first")
+            if self._is_full():
+                raise ContextError("context: nothing can follow the last position; rewind first")
             while self._n_cached < len(self._tokens):
                 logits = self._advance(1)
             self._logits = logits[0]
@@ -1249,9 +1308,7 @@ class Session:
         self._n_cached = start + len(tokens)
         return logits
 
-    def _events(
-        self, tokenizer: Tokenizer | None, options: Options
-    ) -> Iterator[tuple[int | None, str]]:
+    def _events(self, tokenizer: Tokenizer | None, options: Options) -> Iterator[Event]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         stops = StopFilter(options.stop)
         for token in self._choices(options):
@@ -1268,7 +1325,7 @@ class Session:
         """Choose a token, append it, and so on: the loop that makes a language model talk."""
         seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
         random = SplitMix64(seed)
-        self.seed, self.finish_reason = seed, "length"
+        self.seed, self.finish_reason = seed, None
         with self._alone():
             self._begin()
         seen, change = set(self._tokens), self._change
@@ -1276,7 +1333,7 @@ class Session:
             with self._alone():
                 if self._change != change:
                     raise StateError("session: it was changed while a stream was open")
-                if len(self._tokens) > self.model.config.n_positions:
+                if self._is_full():
                     self.finish_reason = "context"
                     return
                 token = choose(adjust(self._last_logits(), seen, options), options, random)
@@ -1287,6 +1344,7 @@ class Session:
                 self._logits = None
                 seen.add(token)
             yield token
+        self.finish_reason = "length"
 
     def _begin(self) -> None:
         """An empty text starts from end-of-text, which is how documents began in training."""
@@ -1350,6 +1408,8 @@ class Model:
 
     def check_ids(self, ids: Iterable[int]) -> list[int]:
         """Ids as a list of int (NumPy's integers are welcome), each in the vocabulary."""
+        if isinstance(ids, bytes) or not hasattr(ids, "__iter__"):
+            raise InputError(f"prompt: expected text or token ids, found {brief(ids)}")
         tokens = []
         size = self.config.vocab_size
         for position, value in enumerate(ids):
@@ -1450,7 +1510,7 @@ class Model:
             self.closed = True
             if self.tokenizer is not None:
                 self.tokenizer.close()
-            del self.backend
+            self.backend.close()
             self.file.close()
 
     def __enter__(self) -> Model:
@@ -1673,23 +1733,17 @@ def checkpoint_data(
     config: Config, tensors: Checkpoint, vocabulary: Vocabulary | None
 ) -> Iterator[bytes]:
     """The data section of the .tg2 file, in the order of `layout`, slab by slab."""
-    if vocabulary:
-        tables = vocabulary_tables(config, vocabulary)
-    for name, (_, shape) in layout(config).items():
-        if name.startswith(("vocab.", "merges.")):
-            yield tables[name]
-        elif len(shape) == 3:
+    for name, (dtype, shape) in layout(config).items():
+        if dtype != "F32":
+            break  # the vocabulary, which comes last
+        if len(shape) == 3:
             yield from panel_slabs(*stored_matrix(config, tensors, name, shape))
         else:
             rows = (shape[0],) if name == "wpe.weight" else ()
             columns = vector_length(config, name)
             yield from padded_rows(tensors.matrix(name, (*rows, columns)), shape)
-
-
-def vector_length(config: Config, name: str) -> int:
-    if name.endswith("c_attn.bias"):
-        return 3 * config.n_embd
-    return config.n_inner if name.endswith("c_fc.bias") else config.n_embd
+    if vocabulary:
+        yield from vocabulary_tables(config, vocabulary).values()
 
 
 def stored_matrix(
@@ -1786,7 +1840,7 @@ def tg2_header(config: Config, crc: int) -> bytes:
 
 
 def vocabulary_tables(config: Config, vocabulary: Vocabulary) -> dict[str, bytes]:
-    """The tensors that `Tokenizer` reads, padded to their places in the layout."""
+    """The tensors that `Tokenizer` reads, in the order of the layout, padded to their places."""
     words = [vocabulary.tokens.get(token, b"") for token in range(config.vocab_size)]
     offsets = [0]
     for word in words:
@@ -1971,15 +2025,12 @@ def download(
             f"{name}: HF_HUB_OFFLINE is set and it is not in the hub cache ({advice})"
         )
     folder = os.fsdecode(out) + ".download"
-    base = f"{os.environ.get('HF_ENDPOINT') or HUB}/{name}/resolve/{revision}/".replace(
-        "//" + name, "/" + name
-    )
+    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    base = f"{endpoint}/{name}/resolve/{revision}/"
     try:
         os.makedirs(folder, exist_ok=True)
         fetch_checkpoint(base, folder, progress)
     except OSError as error:
-        if isinstance(error, DownloadError):
-            raise
         advice = f"what arrived is kept in {folder}; mend this and run the same again"
         raise DownloadError(f"{name}: {error.strerror or error} ({advice})") from None
     convert(folder, out, progress)
@@ -2062,8 +2113,8 @@ def fetch_file(url: str, path: str, optional: bool, progress: Progress | None) -
 
 
 @contextlib.contextmanager
-def request(url: str, method: str, offset: int = 0) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a URL; the response, and the headers of all redirects on the way, first come first.
+def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
+    """Open a URL, from a byte offset on.
 
     The token goes to the host that it is for and to no other. Errors that a second try may mend
     are ConnectionError, a missing file is FileNotFoundError, all others are DownloadError.
@@ -2073,36 +2124,37 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[tuple[Any, dict[
     import urllib.parse
     import urllib.request
 
-    seen: dict[str, str] = {}
+    base = urllib.request.HTTPRedirectHandler
+    home = urllib.parse.urlsplit(url)[:2]
 
-    def note(headers: http.client.HTTPMessage) -> None:
-        for key, value in headers.items():
-            seen.setdefault(key.lower(), value)
+    def answer_or_follow(handler: Any, old: Any, body: Any, code: int, *rest: Any) -> Any:
+        """The hub says all about a large file in its redirect; the storage may refuse a HEAD."""
+        if method == "HEAD" and rest[1].get("X-Linked-Etag"):
+            return body
+        return base.http_error_302(handler, old, body, code, *rest)
 
-    class Redirects(urllib.request.HTTPRedirectHandler):
-        def redirect_request(
-            self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-        ) -> urllib.request.Request | None:
-            if headers.get("X-Linked-Etag"):
-                note(headers)
-            new = super().redirect_request(req, fp, code, msg, headers, newurl)
-            if new is not None:
-                new.method = method
-                if urllib.parse.urlsplit(newurl)[:2] != urllib.parse.urlsplit(url)[:2]:
-                    new.remove_header("Authorization")
-            return new
+    def follow(handler: Any, old: Any, body: Any, code: int, *rest: Any) -> Any:
+        """Go on with the same method, and with the token only where it belongs."""
+        new = base.redirect_request(handler, old, body, code, *rest)
+        if new is not None:
+            new.method = method
+            if urllib.parse.urlsplit(rest[2])[:2] != home:
+                new.remove_header("Authorization")
+        return new
 
+    names = [f"http_error_{code}" for code in (301, 302, 303, 307)]
+    steps = {**dict.fromkeys(names, answer_or_follow), "redirect_request": follow}
+    redirects = type("Redirects", (base,), steps)
     headers = {"User-Agent": f"tinygpt2/{__version__}", "Accept-Encoding": "identity"}
     if os.environ.get("HF_TOKEN"):
         headers["Authorization"] = "Bearer " + os.environ["HF_TOKEN"].strip()
     if offset:
         headers["Range"] = f"bytes={offset}-"
     try:
-        opener = urllib.request.build_opener(Redirects)
+        opener = urllib.request.build_opener(redirects)
         query = urllib.request.Request(url, headers=headers, method=method)
         with opener.open(query, timeout=TIMEOUT) as response:
-            note(response.headers)
-            yield response, seen
+            yield response
     except urllib.error.HTTPError as error:
         if error.code == 404:
             raise FileNotFoundError(url) from None
@@ -2124,20 +2176,22 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[tuple[Any, dict[
 
 
 def ask(url: str) -> RemoteFile:
-    """A file's size and hash. The hub gives both in the headers of a redirect to its storage."""
-    with request(url, "HEAD") as (_, headers):
-        size = headers.get("x-linked-size") or headers.get("content-length")
-        tag = headers.get("x-linked-etag") or headers.get("etag") or "unknown"
+    """A file's size and hash."""
+    with request(url, "HEAD") as response:
+        headers = response.headers
+        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
+        tag = headers.get("X-Linked-Etag") or headers.get("ETag") or "unknown"
     tag = tag[2:] if tag.startswith("W/") else tag
-    return RemoteFile(url, int(size) if size and size.isdigit() else None, tag.strip('"'))
+    return RemoteFile(url, int(size) if size.isdecimal() else None, tag.strip('"'))
 
 
 def transfer(remote: RemoteFile, part: str, progress: Progress | None) -> None:
     """Fetch into `part` what it does not hold yet."""
-    done = os.path.getsize(part) if os.path.exists(part) else 0
-    if remote.size is not None and done >= remote.size:
+    resumable = remote.size is not None and os.path.exists(part)
+    done = os.path.getsize(part) if resumable else 0
+    if done and done == remote.size:
         return
-    with request(remote.url, "GET", done) as (response, _):
+    with request(remote.url, "GET", done) as response:
         resumed = done and response.status == 206
         with open(part, "ab" if resumed else "wb") as file:
             done = done if resumed else 0
