@@ -1081,7 +1081,8 @@ def candidates(scores: Array, options: Options) -> tuple[Array, Array]:
         tokens = np.flatnonzero(scores >= np.partition(scores, -options.top_k)[-options.top_k])
     tokens = tokens[np.argsort(-scores[tokens], kind="stable")]
     s = scores[tokens]
-    p = softmax((s - s[0]) / options.temperature)
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the best token alone
+        p = softmax((s - s[0]) / options.temperature)
     if options.top_p < 1:
         # A token stays if it and all less probable ones together hold more than is to be cut.
         kept = max(1, int((np.cumsum(p[::-1])[::-1] > 1 - options.top_p).sum()))
@@ -1299,7 +1300,8 @@ class Session:
         backend = self.model.backend
         start = self._n_cached
         tokens = self._tokens[start : start + backend.chunk]
-        logits = backend.forward(self._cache, tokens, start, min(n_logits, len(tokens)))
+        with np.errstate(all="ignore"):  # damaged weights are an error below, not a warning
+            logits = backend.forward(self._cache, tokens, start, min(n_logits, len(tokens)))
         if not np.isfinite(logits).all():
             raise NumericError(
                 f"{self.model.path}: NaN or infinite logits at position {start + len(tokens) - 1}: "
@@ -1319,6 +1321,8 @@ class Session:
             if stops.stopped:
                 return
         piece = stops.push(decoder.decode(b"", final=True))
+        if stops.stopped:
+            self.finish_reason = "stop"
         yield None, piece + stops.held
 
     def _choices(self, options: Options) -> Iterator[int]:
@@ -2160,14 +2164,9 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
             raise FileNotFoundError(url) from None
         if error.code in (408, 429) or error.code >= 500:
             raise ConnectionError(f"the server answered {error.code} {error.reason}") from None
-        advice = (
-            "a private or gated model needs HF_TOKEN"
-            if error.code in (401, 403)
-            else "check the name"
-        )
-        raise DownloadError(
-            f"{url}: the server answered {error.code} {error.reason} ({advice})"
-        ) from None
+        found = f"{url}: the server answered {error.code} {error.reason}"
+        advice = "check the name; a private or gated model needs HF_TOKEN"
+        raise DownloadError(f"{found} ({advice})") from None
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
         reason = getattr(error, "reason", None) or error
         raise ConnectionError(f"no answer or a broken one: {reason}") from None

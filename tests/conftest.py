@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,16 @@ import tinygpt2
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
-DTYPES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16"}
+DTYPES = {
+    "<f4": "F32",
+    "<f2": "F16",
+    "<u2": "BF16",
+    "<u4": "U32",
+    "<u8": "U64",
+    "|u1": "U8",
+    "|i1": "I8",
+    "|b1": "BOOL",
+}
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +55,28 @@ def write_safetensors(
     text = json.dumps(header).encode()
     body = b"".join(np.ascontiguousarray(array).tobytes() for array in tensors.values())
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """A reader of the tests' own: the metadata and the tensors, without a check."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata = header.pop("__metadata__", {})
+    codes = {name: code for code, name in DTYPES.items()}
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        numbers = np.frombuffer(content[start + first : start + last], codes[entry["dtype"]])
+        tensors[name] = numbers.reshape(entry["shape"])
+    return metadata, tensors
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own that can import the module."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -143,3 +177,35 @@ def gpt2_tokenizer_path(data: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (folder / name).write_bytes((data / "gpt2-vocab" / name).read_bytes())
     tinygpt2.convert(folder, folder / "gpt2.tg2")
     return folder / "gpt2.tg2"
+
+
+@pytest.fixture(scope="session")
+def gpt2(gpt2_tokenizer_path: Path) -> Iterable[tinygpt2.Model]:
+    """That file, open."""
+    with tinygpt2.load(gpt2_tokenizer_path) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def tiktoken_gpt2(data: Path) -> Any:
+    """tiktoken's GPT-2, built from the test data: nothing is downloaded."""
+    tiktoken = pytest.importorskip("tiktoken", reason="compares with tiktoken")
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    folder = data / "gpt2-vocab"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", "")
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(folder / "merges.txt"), str(folder / "vocab.json")
+        )
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: 50256}
+    )
+
+
+@pytest.fixture(scope="session")
+def transformers_gpt2(data: Path) -> Any:
+    """The tokenizer of transformers for GPT-2, from the test data."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    return transformers.GPT2TokenizerFast.from_pretrained(data / "gpt2-vocab")
