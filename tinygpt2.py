@@ -98,7 +98,8 @@ class FormatError(TinyGPT2Error):
 
     def __init__(self, path: str, field: str, expected: str, found: str, advice: str = "") -> None:
         advice = advice or "the file is damaged or not of this kind; convert or download it again"
-        super().__init__(f"{path}: {field}: expected {expected}, found {found} ({advice})")
+        place = path if path.isprintable() else ascii(path)
+        super().__init__(f"{place}: {field}: expected {expected}, found {found} ({advice})")
         self.path = path
         self.field = field
 
@@ -213,7 +214,7 @@ def map_file(path: str) -> mmap.mmap:
                 path, "file", "a regular file", kind_of(status.st_mode), "name a file"
             )
         if status.st_size == 0:
-            raise FormatError(path, "file", "at least 8 bytes", "an empty file")
+            raise FormatError(path, "file", "some content", "an empty file")
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or an emptied file
@@ -282,6 +283,10 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def is_offset(value: object) -> bool:
+    return is_count(value) and value < 1 << 63  # type: ignore[operator]
+
+
 def parse_tensor(path: str, name: str, entry: object, data_start: int) -> Tensor:
     """Check one entry of the header by itself: dtype, shape, and that both fit its range."""
     field = f"tensor {brief(name)}"
@@ -292,8 +297,8 @@ def parse_tensor(path: str, name: str, entry: object, data_start: int) -> Tensor
         raise FormatError(path, f"{field} dtype", "one of " + ", ".join(DTYPE_SIZES), brief(dtype))
     if not isinstance(shape, list) or not all(map(is_count, shape)):
         raise FormatError(path, f"{field} shape", "a list of counts", brief(shape))
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_count, offsets)):
-        raise FormatError(path, f"{field} data_offsets", "two counts", brief(offsets))
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_offset, offsets)):
+        raise FormatError(path, f"{field} data_offsets", "two byte offsets", brief(offsets))
     start, stop = offsets
     if byte_size(dtype, shape) != stop - start:
         found = f"data_offsets {brief(offsets)} for {dtype} {brief(shape)}"
@@ -1584,11 +1589,14 @@ END_OF_TEXT = "<|endoftext|>"
 SLAB = 1 << 22  # bytes converted at a time, about
 
 
+Merges = dict[tuple[int, int], tuple[int, int]]  # (left, right) -> (rank, result)
+
+
 class Vocabulary(NamedTuple):
     """A tokenizer as read from its files, before it is laid out for bisection."""
 
     tokens: dict[int, bytes]
-    merges: dict[tuple[int, int], tuple[int, int]]  # (left, right) -> (rank, result)
+    merges: Merges
     special: dict[str, int]
     add_prefix_space: bool
 
@@ -1660,8 +1668,8 @@ def checkpoint_config(path: str, vocabulary: Vocabulary | None) -> Config:
         values["n_inner"] = 4 * values["n_embd"]
     activation = values["activation_function"]
     values["activation_function"] = SAME_ACTIVATION.get(str(activation), activation)
-    if isinstance(values["layer_norm_epsilon"], int):
-        values["layer_norm_epsilon"] = float(values["layer_norm_epsilon"])
+    if is_count(values["layer_norm_epsilon"]) and values["layer_norm_epsilon"] == 0:
+        values["layer_norm_epsilon"] = 0.0
     for name in ("bos_token_id", "eos_token_id"):  # often GPT-2's own, left over in smaller models
         if (
             is_count(values[name])
@@ -1670,11 +1678,13 @@ def checkpoint_config(path: str, vocabulary: Vocabulary | None) -> Config:
         ):
             values[name] = None
     values.update(vocabulary_config(vocabulary))
-    config = check_config(path, values)
-    if vocabulary and max(vocabulary.tokens, default=0) >= config.vocab_size:
-        found = f"a tokenizer with token {max(vocabulary.tokens)}"
-        raise FormatError(path, "vocab_size", "more than every token of the tokenizer", found)
-    return config
+    size, last = values["vocab_size"], max(vocabulary.tokens, default=0) if vocabulary else 0
+    if vocabulary and is_count(size) and 0 < size <= last:
+        advice = "the tokenizer and config.json do not belong together"
+        raise FormatError(
+            path, "vocab_size", f"at least {last + 1}, as the tokenizer has", str(size), advice
+        )
+    return check_config(path, values)
 
 
 def vocabulary_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
@@ -1707,7 +1717,9 @@ class Checkpoint:
         known = layout(config)
         for short, (file, name) in self.tensors.items():
             is_mask = short.endswith((".attn.bias", ".attn.masked_bias"))
-            if short.startswith("h.") and short not in known and not is_mask:
+            is_part = short.startswith(("h.", "wte.", "wpe.", "ln_f.", "lm_head."))
+            is_tied = short == "lm_head.weight"  # the same numbers once more
+            if is_part and short not in known and not (is_mask or is_tied):
                 expected = f"the {config.n_layer} blocks of a GPT-2"
                 advice = "adapters and other architectures are not supported; merge or remove them"
                 raise FormatError(
@@ -1717,7 +1729,7 @@ class Checkpoint:
     def matrix(self, name: str, shape: tuple[int, ...]) -> tuple[str, Array] | None:
         """A tensor's dtype and numbers; None for a bias that is not there, which means zeros."""
         if name not in self.tensors:
-            if name.startswith("h.") and name.endswith(".bias"):
+            if name.endswith(".bias"):
                 return None
             raise FormatError(
                 self.path, f"tensor {name}", f"a tensor {list(shape)}", "no such tensor"
@@ -1796,6 +1808,8 @@ def padded_rows(source: tuple[str, Array] | None, shape: tuple[int, ...]) -> Ite
 
 def write_tg2(path: str, config: Config, data: Iterable[bytes], progress: Progress | None) -> None:
     """Write the file beside its place, sync it, check it and move it there: all or nothing."""
+    if "\0" in path:
+        raise TinyGPT2Error(f"{path!a}: cannot write: a path with a null byte")
     temporary = f"{path}.{os.getpid()}-{os.urandom(3).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:
@@ -1873,12 +1887,7 @@ def read_vocabulary(folder: str) -> Vocabulary | None:
     if os.path.exists(tokenizer):
         return read_tokenizer_json(tokenizer)
     if os.path.exists(vocab) and os.path.exists(merges):
-        special = added_tokens(folder)
-        options = optional_json(os.path.join(folder, "tokenizer_config.json"))
-        lines = merge_lines(merges)
-        return build_vocabulary(
-            vocab, read_json(vocab), lines, special, bool(options.get("add_prefix_space"))
-        )
+        return read_vocabulary_files(folder, vocab, merges)
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
@@ -1888,17 +1897,42 @@ def read_vocabulary(folder: str) -> Vocabulary | None:
     return None
 
 
+def read_vocabulary_files(folder: str, vocab: str, merges: str) -> Vocabulary:
+    """The files of GPT-2 itself and of transformers' slow tokenizers."""
+    ids = checked_ids(vocab, read_json(vocab))
+    ranks = number_merges(merges, ids, merge_lines(merges))
+    options = optional_json(os.path.join(folder, "tokenizer_config.json"))
+    prefix = options.get("add_prefix_space") is True
+    return build_vocabulary(vocab, ids, ranks, added_tokens(folder), prefix)
+
+
 def optional_json(path: str) -> dict[str, Any]:
     return read_json(path) if os.path.exists(path) else {}
 
 
+def checked_ids(path: str, values: dict[str, Any]) -> dict[str, int]:
+    """Texts with token ids, every id checked."""
+    for text, token in values.items():
+        if not is_token(token, SIZE_LIMITS["vocab_size"]):
+            raise FormatError(path, f"token {brief(text)}", "an id", brief(token))
+    return values
+
+
+def text_of(entry: dict[str, Any]) -> str:
+    """The text of an added token."""
+    if not isinstance(entry["content"], str):
+        raise TypeError
+    return str(entry["content"])
+
+
 def added_tokens(folder: str) -> dict[str, int]:
-    """Tokens beside the vocabulary, from the files of transformers' slow tokenizers."""
+    """Tokens beside the vocabulary, from the two files that have been used for them."""
+    older = os.path.join(folder, "added_tokens.json")
     path = os.path.join(folder, "tokenizer_config.json")
     decoder = optional_json(path).get("added_tokens_decoder", {})
-    added = optional_json(os.path.join(folder, "added_tokens.json"))
     with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
-        return {**added, **{entry["content"]: int(key) for key, entry in decoder.items()}}
+        newer = {text_of(entry): int(key) for key, entry in decoder.items()}
+        return {**checked_ids(older, optional_json(older)), **checked_ids(path, newer)}
     raise FormatError(path, "added_tokens_decoder", "ids with contents", brief(decoder))
 
 
@@ -1919,8 +1953,9 @@ def read_tokenizer_json(path: str) -> Vocabulary:
         found = brief(model.get("type") if isinstance(model, dict) else model)
         raise FormatError(path, "model type", "BPE", found, "only byte-level BPE is supported")
     cutter = data.get("pre_tokenizer") or {}
-    if isinstance(cutter, dict) and len(cutter.get("pretokenizers") or ()) == 1:
-        cutter = cutter["pretokenizers"][0]
+    steps = cutter.get("pretokenizers") if isinstance(cutter, dict) else None
+    if isinstance(steps, list) and len(steps) == 1:
+        cutter = steps[0]
     if (
         not isinstance(cutter, dict)
         or cutter.get("type") != "ByteLevel"
@@ -1933,42 +1968,41 @@ def read_tokenizer_json(path: str) -> Vocabulary:
                 path, name, "none", brief(value), "GPT-2's tokenizer has no such step"
             )
     try:
-        added = {entry["content"]: entry["id"] for entry in data.get("added_tokens") or ()}
-        merges = [line if isinstance(line, str) else " ".join(line) for line in model["merges"]]
+        added = {text_of(entry): entry["id"] for entry in data.get("added_tokens") or ()}
+        lines = [line if isinstance(line, str) else " ".join(line) for line in model["merges"]]
     except (TypeError, KeyError):
-        raise FormatError(
-            path, "content", "added_tokens and merges", "entries of another form"
-        ) from None
-    vocab, prefix = model.get("vocab"), bool(cutter.get("add_prefix_space"))
-    return build_vocabulary(path, vocab if isinstance(vocab, dict) else {}, merges, added, prefix)
+        found = "entries of another form"
+        raise FormatError(path, "content", "added_tokens and merges", found) from None
+    if not isinstance(model.get("vocab"), dict):
+        raise FormatError(path, "vocab", "an object of ids", brief(model.get("vocab")))
+    ids, prefix = checked_ids(path, model["vocab"]), cutter.get("add_prefix_space") is True
+    ranks = number_merges(path, ids, lines)
+    return build_vocabulary(path, ids, ranks, checked_ids(path, added), prefix)
+
+
+def number_merges(path: str, ids: dict[str, int], lines: list[str]) -> Merges:
+    """Lines of two tokens, the most important first, as ids."""
+    merges: Merges = {}
+    for rank, line in enumerate(lines):
+        left, _, right = line.partition(" ")
+        if not {left, right, left + right} <= ids.keys():
+            expected = "two tokens that make a third"
+            advice = "the merges and the vocabulary do not belong together"
+            raise FormatError(path, f"merge {rank}", expected, brief(line), advice)
+        merges[ids[left], ids[right]] = (rank, ids[left + right])
+    return merges
 
 
 def build_vocabulary(
-    path: str,
-    vocab: dict[str, Any],
-    lines: list[str],
-    special: dict[str, Any],
-    add_prefix_space: bool,
+    path: str, ids: dict[str, int], merges: Merges, special: dict[str, int], prefix: bool
 ) -> Vocabulary:
-    """Put tokens and merges together by id. `path` is the vocabulary's, for messages."""
-    for text, token in [*vocab.items(), *special.items()]:
-        if not is_token(token, SIZE_LIMITS["vocab_size"]):
-            raise FormatError(path, f"token {brief(text)}", "an id", brief(token))
-    if not special and END_OF_TEXT in vocab:
-        special = {END_OF_TEXT: vocab[END_OF_TEXT]}
-    merges: dict[tuple[int, int], tuple[int, int]] = {}
-    for rank, line in enumerate(lines):
-        left, _, right = line.partition(" ")
-        if not {left, right, left + right} <= vocab.keys():
-            advice = "the merges and the vocabulary do not belong together"
-            raise FormatError(
-                path, f"merge {rank}", "two tokens that make a third", brief(line), advice
-            )
-        merges[vocab[left], vocab[right]] = (rank, vocab[left + right])
+    """Turn the letters of the vocabulary's file into the bytes that they stand for."""
+    if END_OF_TEXT in ids:
+        special = {END_OF_TEXT: ids[END_OF_TEXT], **special}
     merged = {token for pair, (_, result) in merges.items() for token in (*pair, result)}
     alphabet = byte_alphabet()
     tokens = {token: text.encode("utf-8", "replace") for text, token in special.items()}
-    for text, token in vocab.items():
+    for text, token in ids.items():
         if text in special:
             continue
         if token in tokens:
@@ -1979,7 +2013,7 @@ def build_vocabulary(
             raise FormatError(path, f"token {brief(text)}", "letters of byte-level BPE", "others")
         else:
             tokens[token] = text.encode("utf-8", "replace")
-    return Vocabulary(tokens, merges, special, add_prefix_space)
+    return Vocabulary(tokens, merges, special, prefix)
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import struct
@@ -73,10 +74,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own that can import the module."""
+    """Run code in a process of its own that imports the module from the same place."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    place = os.path.dirname(tinygpt2.__file__)
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
 
 
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -191,7 +192,6 @@ def tiktoken_gpt2(data: Path) -> Any:
     """tiktoken's GPT-2, built from the test data: nothing is downloaded."""
     tiktoken = pytest.importorskip("tiktoken", reason="compares with tiktoken")
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
 
     folder = data / "gpt2-vocab"
     with pytest.MonkeyPatch.context() as patch:
@@ -199,8 +199,9 @@ def tiktoken_gpt2(data: Path) -> Any:
         ranks = data_gym_to_mergeable_bpe_ranks(
             str(folder / "merges.txt"), str(folder / "vocab.json")
         )
+    pattern = importlib.import_module("tiktoken_ext.openai_public").r50k_pat_str
     return tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END: 50256}
+        "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END: 50256}
     )
 
 

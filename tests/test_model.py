@@ -1,0 +1,571 @@
+"""The forward pass: against transformers, against published results, and against its own rules."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import ROOT, TOY, random_weights, write_checkpoint
+
+import tinygpt2
+
+Weights = dict[str, np.ndarray]
+
+
+def load_numpy(path: Path) -> tinygpt2.Model:
+    return tinygpt2.load(path, backend="numpy")
+
+
+def model_of(folder: Path, config: dict[str, Any], weights: Weights) -> tinygpt2.Model:
+    """A model of these weights, without a tokenizer."""
+    source = write_checkpoint(folder / "m", config, weights, tokenizer=False)
+    tinygpt2.convert(source, folder / "m.tg2")
+    return load_numpy(folder / "m.tg2")
+
+
+def largest(array: np.ndarray) -> float:
+    return float(np.abs(array).max())
+
+
+# Ten shapes: sizes that fill no panel, and every switch of the configuration on and off.
+
+
+class Shape(NamedTuple):
+    """Sizes of a model; `seed` is one for which the best token is always ahead, see MARGIN."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    seed: int
+    options: dict[str, Any]
+
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = dict(zip(self._fields[:6], self[:6]))
+        return {**config, "bos_token_id": None, "eos_token_id": None, **self.options}
+
+
+RELU = {"activation_function": "relu"}
+GELU = {"activation_function": "gelu"}
+UNTIED = {"tie_word_embeddings": False}
+UNSCALED = {"scale_attn_weights": False}
+BY_LAYER = {"scale_attn_by_inverse_layer_idx": True}
+SHAPES = [
+    Shape(3, 210, 2, 1, 1, 3, 0, {**RELU}),
+    Shape(11, 212, 6, 2, 6, 7, 15, {}),
+    Shape(257, 216, 20, 2, 4, 80, 1, {**GELU, **UNTIED}),
+    Shape(100, 224, 33, 2, 3, 45, 3, {**UNTIED, **UNSCALED}),
+    Shape(300, 256, 32, 3, 4, 128, 1, {**BY_LAYER}),
+    Shape(257, 210, 48, 2, 3, 101, 23, {**RELU, **UNTIED, **UNSCALED, **BY_LAYER}),
+    Shape(17, 230, 40, 3, 5, 1, 4, {**GELU, **UNSCALED}),
+    Shape(64, 211, 16, 4, 2, 65, 4, {**UNTIED, **BY_LAYER}),
+    Shape(1000, 300, 64, 1, 1, 255, 1, {**GELU, "layer_norm_epsilon": 1e-2}),
+    Shape(31, 257, 35, 2, 7, 33, 1, {**RELU}),
+]
+N_PROMPT, N_NEW = 5, 200
+# Two float32 computations of these models differ by 1e-6 to 1e-5 of the largest logit, the most at
+# width 2, whose layer norm divides small differences. ROUNDING leaves room for other processors.
+ROUNDING = 5e-5
+# How far, of the largest logit, the second best token stays behind the best one in the texts below:
+# ten times as far, so that rounding decides nowhere.
+MARGIN = 5e-4
+
+
+class Example:
+    """One of the ten models and a text that it generates greedily."""
+
+    def __init__(self, folder: Path, shape: Shape) -> None:
+        self.config = shape.config()
+        self.weights = random_weights(self.config, shape.seed)
+        for name, array in self.weights.items():
+            # Wide weights make texts that vary. Attention on scores that are not scaled down would
+            # become a hard choice by them, in which every rounding counts.
+            is_hard = "c_attn" in name and not self.config.get("scale_attn_weights", True)
+            array *= 3 if array.ndim == 2 and not is_hard else 1
+        self.model = model_of(folder, self.config, self.weights)
+        random = np.random.default_rng(shape.seed)
+        self.prompt = random.integers(shape.vocab_size, size=N_PROMPT).tolist()
+        self.answer = self.model.generate_ids(self.prompt, max_new_tokens=N_NEW, temperature=0)
+        self.ids = self.prompt + self.answer
+        self.logits = self.model.logits(self.ids)
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "-".join(map(str, shape[:6])))
+def example(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Example]:
+    example = Example(tmp_path_factory.mktemp("example"), request.param)
+    with example.model:
+        yield example
+
+
+def test_greedy_texts_are_fit_for_comparison(example: Example) -> None:
+    """The tests of greedy texts below mean something: they vary, and no choice is a close one."""
+    best = np.sort(example.logits[N_PROMPT - 1 : -1], axis=-1)
+    assert (best[:, -1] - best[:, -2]).min() > MARGIN * largest(example.logits)
+    assert len(example.answer) == N_NEW
+    assert len(set(example.answer)) >= min(10, example.config["vocab_size"] // 2)
+
+
+def best_tokens(logits: np.ndarray) -> list[int]:
+    """The greedy choices after the prompt and after each new token but the last."""
+    best: list[int] = logits[N_PROMPT - 1 : -1].argmax(axis=-1).tolist()
+    return best
+
+
+def float64_logits(config: dict[str, Any], weights: Weights, ids: list[int]) -> np.ndarray:
+    """The model once more, as plainly as possible, in float64 and without a cache."""
+    w = {name: array.astype(np.float64) for name, array in weights.items()}
+    width = config["n_embd"] // config["n_head"]
+    erf = np.vectorize(math.erf)
+    bend: Callable[[np.ndarray], np.ndarray] = {
+        "relu": lambda x: np.where(x > 0, x, 0),
+        "gelu": lambda x: x * (1 + erf(x / 2**0.5)) / 2,
+        "gelu_new": lambda x: x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    }[config.get("activation_function", "gelu_new")]
+
+    def norm(x: np.ndarray, name: str) -> Any:
+        variance = x.var(axis=1, keepdims=True) + config.get("layer_norm_epsilon", 1e-5)
+        x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(variance)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def affine(x: np.ndarray, name: str) -> Any:
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["wte.weight"][ids] + w["wpe.weight"][: len(ids)]
+    for i in range(config["n_layer"]):
+        scale = 1 / width**0.5 if config.get("scale_attn_weights", True) else 1.0
+        scale /= i + 1 if config.get("scale_attn_by_inverse_layer_idx") else 1
+        q, k, v = np.split(affine(norm(x, f"h.{i}.ln_1"), f"h.{i}.attn.c_attn"), 3, axis=1)
+        heads = []
+        for first in range(0, config["n_embd"], width):
+            head = slice(first, first + width)
+            e = np.tril(np.exp(scale * q[:, head] @ k[:, head].T))
+            heads.append(e / e.sum(axis=1, keepdims=True) @ v[:, head])
+        x = x + affine(np.concatenate(heads, axis=1), f"h.{i}.attn.c_proj")
+        x = x + affine(bend(affine(norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc")), f"h.{i}.mlp.c_proj")
+    head_matrix = w["wte.weight" if config.get("tie_word_embeddings", True) else "lm_head.weight"]
+    logits: np.ndarray = norm(x, "ln_f") @ head_matrix.T
+    return logits
+
+
+def test_logits_in_float64(example: Example) -> None:
+    """Within ROUNDING, and with the same choices."""
+    expected = float64_logits(example.config, example.weights, example.ids)
+    assert example.logits.dtype == np.float32
+    assert largest(example.logits - expected) <= ROUNDING * largest(expected)
+    assert best_tokens(expected) == example.answer
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])
+def test_chunks(example: Example, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text in pieces: other products, so rounding differs, and nothing else."""
+    monkeypatch.setattr(example.model.backend, "chunk", chunk)
+    logits = example.model.logits(example.ids)
+    assert largest(logits - example.logits) <= ROUNDING * largest(example.logits)
+    assert best_tokens(logits) == example.answer
+    rest = example.model.generate_ids(example.ids[:150], max_new_tokens=5, temperature=0)
+    assert rest == example.ids[150:155]
+
+
+def test_uncached(example: Example) -> None:
+    """Every text anew, from its first token."""
+    for n in range(N_PROMPT, len(example.ids), 9):
+        assert example.model.logits(example.ids[:n])[-1].argmax() == example.ids[n]
+
+
+@pytest.fixture(scope="module")
+def theirs(example: Example) -> Any:
+    """The same model in the transformers library."""
+    torch = pytest.importorskip("torch", reason="needs torch and transformers, to compare with")
+    transformers = pytest.importorskip(
+        "transformers", reason="needs torch and transformers, to compare with"
+    )
+    torch.set_num_threads(1)  # of so little work, more threads make more
+    config = transformers.GPT2Config(**example.config, attn_implementation="eager")
+    model = transformers.GPT2LMHeadModel(config).eval()
+    state = {
+        name if name == "lm_head.weight" else f"transformer.{name}": torch.from_numpy(array)
+        for name, array in example.weights.items()
+    }
+    state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+    model.load_state_dict(state)
+    return model
+
+
+def test_logits_of_transformers(example: Example, theirs: Any) -> None:
+    """1e-4 of the largest logit is what the project promises; see ROUNDING for what it reaches."""
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        expected = theirs(torch.tensor([example.ids])).logits[0].numpy()
+    assert expected.dtype == np.float32
+    assert largest(example.logits - expected) <= 1e-4 * largest(expected)
+
+
+def test_greedy_text_of_transformers(example: Example, theirs: Any) -> None:
+    torch = pytest.importorskip("torch")
+    prompt = torch.tensor([example.prompt])
+    ids = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=N_NEW, do_sample=False
+    )
+    assert ids[0].tolist() == example.ids
+
+
+# Trained models
+
+
+@pytest.fixture
+def trained(data: Path, tmp_path: Path) -> Callable[[str], tinygpt2.Model]:
+    """Converts and loads one of the trained checkpoints."""
+
+    def load_trained(name: str) -> tinygpt2.Model:
+        tinygpt2.convert(data / "checkpoints" / name, tmp_path / f"{name}.tg2")
+        return load_numpy(tmp_path / f"{name}.tg2")
+
+    return load_trained
+
+
+def adder_ids(a: int, b: int) -> list[int]:
+    """The digits of two numbers and of their sum, which comes last digit first."""
+    return [int(digit) for digit in f"{a:02}{b:02}" + f"{a + b:03}"[::-1]]
+
+
+def test_adder_knows_all_sums(trained: Callable[[str], tinygpt2.Model]) -> None:
+    """10,000 of 10,000. If each digit is the best one after the right digits before it, then the
+    greedy answer is right: one pass for each sum shows it."""
+    with trained("mingpt-adder") as model:
+        for a, b in itertools.product(range(100), repeat=2):
+            ids = adder_ids(a, b)
+            assert model.logits(ids[:6])[3:].argmax(axis=1).tolist() == ids[4:], (a, b)
+
+
+def test_adder_generates_sums(trained: Callable[[str], tinygpt2.Model]) -> None:
+    with trained("mingpt-adder") as model:
+        for number in range(0, 10_000, 53):
+            ids = adder_ids(*divmod(number, 100))
+            assert model.generate_ids(ids[:4], max_new_tokens=3, temperature=0) == ids[4:], ids
+
+
+def test_sorter_sorts_everything(trained: Callable[[str], tinygpt2.Model]) -> None:
+    """729 of 729 texts of six letters; see the adder."""
+    with trained("llm-viz-sort") as model:
+        for letters in itertools.product(range(3), repeat=6):
+            ids = [*letters, *sorted(letters)]
+            assert model.logits(ids[:11])[5:].argmax(axis=1).tolist() == ids[6:], letters
+        ids = model.generate_ids([2, 1, 0, 2, 0, 1], max_new_tokens=6, temperature=0)
+        assert ids == [0, 0, 1, 1, 2, 2]
+
+
+def stages(model: tinygpt2.Model, ids: list[int]) -> dict[str, np.ndarray]:
+    """Every stage of a forward pass by the name that llm-viz gives it; those of block 0 singly."""
+    t, backend = tinygpt2, model.backend
+    cache, block, all_ids = backend.new_cache(), backend.blocks[0], np.array(ids)
+    s: dict[str, Any] = {"x": backend.embed(all_ids, 0)}
+    s["ln1"] = backend.norm(s["x"], block, "ln_1")
+    s["qkv"] = t.linear(s["ln1"], block["attn.c_attn.weight"], block["attn.c_attn.bias"])
+    for name, part in zip("qkv", np.split(s["qkv"], 3, axis=1)):
+        s[name] = t.split_heads(part, model.config.n_head)
+    s["att"] = t.attention_scores(s["q"], s["k"], backend.attention_scale(0))
+    s["attSm"] = t.softmax(s["att"])
+    s["y"] = t.merge_heads(s["attSm"] @ s["v"])
+    s["yProj"] = t.linear(s["y"], block["attn.c_proj.weight"], block["attn.c_proj.bias"])
+    s["attnResid"] = s["x"] + s["yProj"]
+    s["ln2"] = backend.norm(s["attnResid"], block, "ln_2")
+    s["fc"] = t.linear(s["ln2"], block["mlp.c_fc.weight"], block["mlp.c_fc.bias"])
+    s["gelu"] = backend.activation(s["fc"])
+    s["mlp"] = t.linear(s["gelu"], block["mlp.c_proj.weight"], block["mlp.c_proj.bias"])
+    s["mlpResid"] = s["attnResid"] + s["mlp"]
+    x = s["x"]
+    for i, block in enumerate(backend.blocks):
+        x = x + backend.attention(i, block, backend.norm(x, block, "ln_1"), cache[i], 0)
+        s[f"block{i}"] = x = x + backend.mlp(block, backend.norm(x, block, "ln_2"))
+    s["ln_f"] = backend.norm(x, backend.ln_f, "ln_f")
+    s["lm_head"] = backend.forward(backend.new_cache(), ids, 0, len(ids))
+    s["probs"] = t.softmax(s["lm_head"])
+    return s
+
+
+def published_array(published: dict[str, Any], name: str) -> np.ndarray:
+    entry = published[name]
+    assert entry["dtype"] == "torch.float32"
+    return np.frombuffer(base64.b64decode(entry["data"]), "<f4").reshape(entry["shape"])
+
+
+def test_every_stage_of_llm_viz(trained: Callable[[str], tinygpt2.Model], data: Path) -> None:
+    """1e-5: what float32 leaves of numbers below 20; the exact-erf GELU would miss by 4.5e-3."""
+    path = data / "checkpoints" / "llm-viz-sort" / "gpt-nano-sort-t0-partials.json"
+    published = json.loads(path.read_text("utf-8"))
+    with trained("llm-viz-sort") as model:
+        batch = published_array(published, "idx").astype(int).tolist()
+        found = [stages(model, ids) for ids in batch]
+        np.testing.assert_array_equal(published_array(published, "pos_emb")[0], model.backend.wpe)
+    assert found[0].keys() == published.keys() - {"config", "idx", "tok_emb", "pos_emb"}
+    for name in found[0]:
+        expected = published_array(published, name)
+        ours = np.stack([stage[name] for stage in found])
+        masked = np.isneginf(expected)
+        np.testing.assert_array_equal(np.isneginf(ours), masked, err_msg=name)
+        assert masked.any() == (name == "att")
+        np.testing.assert_allclose(ours[~masked], expected[~masked], 0, 1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ([0, 0, 0, 52], [204, 204, 204, 204, 204, 204]),
+        ([0, 0, 195, 731], [731, 114, 114, 114, 114, 114]),
+    ],
+)
+def test_greedy_texts_of_ort_genai(
+    trained: Callable[[str], tinygpt2.Model], prompt: list[int], answer: list[int]
+) -> None:
+    with trained("ort-genai-tiny-random") as model:
+        assert model.generate_ids(prompt, max_new_tokens=6, temperature=0) == answer
+
+
+# GPT-2 124M, where there is one
+
+
+@pytest.fixture
+def gpt2() -> Iterator[tinygpt2.Model]:
+    path = os.environ.get("TINYGPT2_GPT2")
+    if not path:
+        pytest.skip("needs a converted GPT-2 124M, whose path TINYGPT2_GPT2 names")
+    with tinygpt2.load(path) as model:
+        yield model
+
+
+@pytest.fixture
+def published(data: Path) -> dict[str, Any]:
+    text = (data / "published" / "gpt2-124m.json").read_text("utf-8")
+    values: dict[str, Any] = json.loads(text)
+    return values
+
+
+def test_greedy_texts_of_gpt2(gpt2: tinygpt2.Model, published: dict[str, Any]) -> None:
+    for entry in published["greedy"]:
+        prompt = gpt2.tokens_of(entry.get("prompt_ids") or entry["prompt"])
+        expected = gpt2.tokens_of(entry.get("ids") or entry["text"])
+        found = gpt2.generate_ids(prompt, max_new_tokens=len(expected), temperature=0)
+        assert found == expected, entry
+
+
+def test_logits_of_gpt2(gpt2: tinygpt2.Model, published: dict[str, Any]) -> None:
+    """1e-4 of the largest logit, as everywhere in float32."""
+    for entry in published["logits"]:
+        logits = gpt2.logits(entry["ids"])
+        tolerance = 1e-4 * largest(logits)
+        np.testing.assert_allclose(logits[0, :8], entry["position_0_first_8"], 0, tolerance)
+        assert logits.mean() == pytest.approx(entry["mean_of_all"], abs=tolerance)
+
+
+def test_loss_of_gpt2(gpt2: tinygpt2.Model, published: dict[str, Any], data: Path) -> None:
+    """The loss of four rows of 64 tokens, to the five digits that runtimes agree on."""
+    text = (data / "corpus" / "tinyshakespeare.txt").read_text("utf-8")[:4000]
+    ids = [i for part in text.split("\n\n") for i in [50256, *gpt2.encode(part + "\n\n")]]
+    losses = []
+    for row in range(4):
+        logits = gpt2.logits(ids[64 * row : 64 * (row + 1)]).astype(np.float64)
+        chosen = logits[np.arange(64), ids[64 * row + 1 : 64 * (row + 1) + 1]]
+        losses.append((np.log(np.exp(logits - logits.max()).sum(1)) + logits.max() - chosen).mean())
+    assert np.mean(losses) == pytest.approx(published["loss"][0]["loss"], rel=1e-5)
+
+
+# Rules that hold for every GPT-2
+
+
+def test_later_tokens_change_nothing_before(example: Example) -> None:
+    """Exactly: each row of a product and each masked sum is computed from the same numbers, in
+    the same order, whatever stands in the rows after it."""
+    size = example.config["vocab_size"]
+    changed = example.ids[:100] + [(i + 1) % size for i in example.ids[100:]]
+    logits = example.model.logits(changed)
+    np.testing.assert_array_equal(logits[:100], example.logits[:100])
+    assert (logits[100:] != example.logits[100:]).any(axis=1).all()
+
+
+def test_mlp_takes_each_token_by_itself(example: Example) -> None:
+    """The order of rows decides only which part of a product does them: 1e-6 for rounding."""
+    backend = example.model.backend
+    x = np.random.default_rng(0).standard_normal((60, example.config["n_embd"]), np.float32)
+    order = np.random.default_rng(1).permutation(60)
+    for block in backend.blocks:
+        y = backend.mlp(block, x)
+        np.testing.assert_allclose(backend.mlp(block, x[order]), y[order], 0, 1e-6 * largest(y))
+        np.testing.assert_allclose(backend.mlp(block, x[:1]), y[:1], 0, 1e-6 * largest(y))
+
+
+def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    """An untied head with the embedding's numbers gives the same bits, another one does not."""
+    weights = random_weights(TOY)
+    ids = list(range(0, 300, 7))
+    with model_of(tmp_path, TOY, weights) as model:
+        tied = model.logits(ids)
+    for head, same in ((weights["wte.weight"], True), (weights["wte.weight"] + 1, False)):
+        with model_of(tmp_path, {**TOY, **UNTIED}, {**weights, "lm_head.weight": head}) as model:
+            assert np.array_equal(model.logits(ids), tied) is same
+
+
+def test_loss_of_a_new_model_is_the_log_of_its_vocabulary(tmp_path: Path) -> None:
+    """Before training all tokens are about equally likely. 0.05: logits have a deviation of 0.1."""
+    weights = random_weights(TOY)
+    for name, array in weights.items():
+        if name.endswith("bias"):
+            array[:] = 0
+        elif ".ln_" in name or name.startswith("ln_"):
+            array[:] = 1
+        else:
+            array *= 0.1  # to GPT-2's deviation of 0.02
+    ids = np.random.default_rng(0).integers(TOY["vocab_size"], size=500).tolist()
+    with model_of(tmp_path, {**TOY, "eos_token_id": 0}, weights) as model:
+        score = model.score(ids)
+    assert len(score.logprobs) == 500
+    assert -score.total / 500 == pytest.approx(math.log(TOY["vocab_size"]), abs=0.05)
+    assert score.perplexity == pytest.approx(TOY["vocab_size"], rel=0.05)
+
+
+# The parts against float64
+
+
+def panels_of(matrix: np.ndarray) -> np.ndarray:
+    """A matrix [k, n] in panels [ceil(n/16), k, 16], one number at a time."""
+    k, n = matrix.shape
+    panels = np.zeros((-(-n // 16), k, 16), np.float32)
+    for i, j in itertools.product(range(k), range(n)):
+        panels[j // 16, i, j % 16] = matrix[i, j]
+    return panels
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 47, 48, 49, 130])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (3, 16), (33, 17), (20, 129), (7, 300)])
+def test_linear(rows: int, k: int, n: int) -> None:
+    """1e-6 for each of the k products that are summed."""
+    random = np.random.default_rng(0)
+    x, w = random.standard_normal((rows, k), np.float32), random.standard_normal((k, n), np.float32)
+    bias = random.standard_normal(n, np.float32)
+    found = tinygpt2.linear(x, panels_of(w), bias)
+    assert (found.shape, found.dtype) == ((rows, n), np.float32)
+    expected = x.astype(np.float64) @ w.astype(np.float64) + bias
+    np.testing.assert_allclose(found, expected, 0, 1e-6 * (k + 1))
+
+
+def exact_gelu(x: float) -> float:
+    return x * math.erfc(-x / math.sqrt(2)) / 2
+
+
+def exact_gelu_new(x: float) -> float:
+    return x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (tinygpt2.gelu, exact_gelu),
+        (tinygpt2.gelu_new, exact_gelu_new),
+        (tinygpt2.relu, lambda x: max(x, 0.0)),
+    ],
+    ids=["gelu", "gelu_new", "relu"],
+)
+def test_activations(
+    function: Callable[[np.ndarray], np.ndarray], expected: Callable[[float], float]
+) -> None:
+    """1e-6, and 1e-6 of large numbers. GELU and its tanh form differ by up to 4.7e-4."""
+    x = np.concatenate([np.linspace(-12, 12, 6001), [-100, 100, -1e4, 1e4]]).astype(np.float32)
+    before = x.copy()
+    found = function(x)
+    np.testing.assert_array_equal(x, before)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, [expected(v) for v in x.tolist()], 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_layer_norm(offset: float, scale: float) -> None:
+    """1e-5 of results of about 3, of numbers near 0; the mean costs digits where it is large."""
+    random = np.random.default_rng(0)
+    x = (offset * scale + scale * random.standard_normal((5, 33))).astype(np.float32)
+    weight, bias = random.standard_normal((2, 33), np.float32)
+    found = tinygpt2.layer_norm(x, weight, bias, 1e-5)
+    y = x.astype(np.float64)
+    y = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, y * weight + bias, 0, 1e-5 * (1 + offset))
+
+
+def test_softmax() -> None:
+    """1e-6: probabilities, so relative to 1. Large scores and masked ones are no exception."""
+    random = np.random.default_rng(0)
+    x = (10 * random.standard_normal((4, 50))).astype(np.float32)
+    x[1] += 3e4
+    x[2, 1:] = -np.inf
+    x[3] -= 3e4
+    found = tinygpt2.softmax(x)
+    y = x.astype(np.float64)
+    e = np.exp(y - y.max(axis=1, keepdims=True))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, e / e.sum(1, keepdims=True), 0, 1e-6)
+    np.testing.assert_array_equal(found[2], [1.0] + [0.0] * 49)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 7), (3, 3), (3, 8), (8, 8)])
+def test_attention_scores(queries: int, keys: int) -> None:
+    """1e-6 for each of the five products; a query sees its own position and those before it."""
+    random = np.random.default_rng(0)
+    q = random.standard_normal((2, queries, 5), np.float32)
+    k = random.standard_normal((2, keys, 5), np.float32)
+    found = tinygpt2.attention_scores(q, k, 0.25)
+    assert (found.shape, found.dtype) == ((2, queries, keys), np.float32)
+    for head, i, j in np.ndindex(found.shape):
+        if j > keys - queries + i:
+            assert found[head, i, j] == -np.inf
+        else:
+            expected = 0.25 * math.fsum(
+                a * b for a, b in zip(q[head, i].tolist(), k[head, j].tolist())
+            )
+            assert found[head, i, j] == pytest.approx(expected, abs=5e-6)
+
+
+def test_heads() -> None:
+    x = np.arange(24).reshape(4, 6)
+    heads = tinygpt2.split_heads(x, 3)
+    np.testing.assert_array_equal(heads[1], x[:, 2:4])
+    np.testing.assert_array_equal(tinygpt2.merge_heads(heads), x)
+
+
+# The default model
+
+
+@pytest.fixture
+def tales() -> Iterator[tinygpt2.Model]:
+    if not (ROOT / "vendor" / "tales.tg2").exists():
+        pytest.skip("the default model, vendor/tales.tg2, is not there")
+    with tinygpt2.load() as model:
+        yield model
+
+
+def test_default_model_tells_a_tale(tales: tinygpt2.Model) -> None:
+    text = tales.generate("Once upon a time", max_new_tokens=100, seed=1)
+    assert text == tales.generate("Once upon a time", max_new_tokens=100, seed=1)
+    assert text != tales.generate("Once upon a time", max_new_tokens=100, seed=2)
+    assert "\ufffd" not in text
+    assert sum(letter.isascii() for letter in text) > 0.95 * len(text) > 100
+    words = text.split()
+    assert sum(word.strip(".,;:!?'\"-").isalpha() for word in words) > 0.8 * len(words)
+    assert 3 < np.mean([len(word) for word in words]) < 7
+
+
+def test_default_model_has_read_tales(tales: tinygpt2.Model, data: Path) -> None:
+    """Bits per byte: 8 for random bytes, about 4.2 for letters by frequency alone."""
+    text = (data / "corpus" / "peter-pan.txt").read_text("utf-8")
+    passage = text[20_000:22_000]
+    assert tales.score(passage).bits_per_byte < 2.2
