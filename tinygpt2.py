@@ -36,6 +36,7 @@ import heapq
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import stat
@@ -417,6 +418,14 @@ def check_config(path: str, values: dict[str, Any]) -> Config:
     return Config(**values)
 
 
+def as_index(value: Any) -> int | None:
+    """A whole number, NumPy's included, as an int; None for everything else."""
+    try:
+        return None if type(value).__name__.startswith("bool") else operator.index(value)
+    except TypeError:
+        return None
+
+
 def is_token(value: object, vocab_size: int) -> bool:
     return is_count(value) and value < vocab_size  # type: ignore[operator]
 
@@ -767,10 +776,6 @@ class Tokenizer:
             remember(self.found, pair, merge)
         return merge
 
-    def close(self) -> None:
-        for view in (self.bytes, self.offsets, self.byte_ids, self.pairs, self.ranks, self.results):
-            view.release()
-
 
 # ------------------------------------------------------------------------------------------------
 # 5. Forward
@@ -876,7 +881,7 @@ def attention_scores(q: Array, k: Array, scale: float) -> Array:
 
 
 class NumpyBackend:
-    """The forward pass in NumPy. A backend has these attributes and first four methods, no more.
+    """The forward pass in NumPy. A backend has a name, a chunk, `new_cache`, `forward`, no more.
 
     It holds the weights, which never change; all that changes is in the cache, which belongs to
     one session. So one backend serves any number of sessions in any number of threads.
@@ -931,11 +936,6 @@ class NumpyBackend:
             x = x + self.mlp(block, self.norm(x, block, "ln_2"))
         x = self.norm(x[len(x) - n_logits :], self.ln_f, "ln_f")  # [n_logits, n_embd]
         return project(x, self.head, self.config.vocab_size)
-
-    def close(self) -> None:
-        """Let go of the mapped weights."""
-        self.wte = self.wpe = self.head = None
-        self.ln_f, self.blocks = {}, []
 
     def embed(self, tokens: Array, start: int) -> Array:
         """What each token is, plus where it stands. A token is one column of one panel."""
@@ -1007,14 +1007,14 @@ def check_options(options: dict[str, Any], vocab_size: int) -> Options:
         checked = checked._replace(stop=(checked.stop,))
     requirements = [
         ("max_new_tokens", is_count(checked.max_new_tokens), "a whole number from 0"),
-        ("temperature", is_between(checked.temperature, 0, 1e6), "a number from 0"),
+        ("temperature", is_between(checked.temperature, 0, 1e6), "a number from 0 to 1e6"),
         ("top_k", is_count(checked.top_k), "a whole number from 0 (0: all tokens)"),
         ("top_p", is_between(checked.top_p, 0, 1) and checked.top_p > 0, "above 0, at most 1"),
         ("min_p", is_between(checked.min_p, 0, 1), "a number from 0 to 1"),
         (
             "repetition_penalty",
             is_between(checked.repetition_penalty, 1e-6, 1e6),
-            "a number above 0",
+            "a number from 1e-6 to 1e6",
         ),
         ("seed", checked.seed is None or isinstance(checked.seed, int), "a whole number or None"),
         ("stop", are_texts(checked.stop), "a text or a list of texts, none empty"),
@@ -1122,10 +1122,14 @@ class StopFilter:
     def push(self, piece: str) -> str:
         """Add a piece; return the text that can no longer be part of a stop text."""
         text = self.held + piece
-        found = [at for at in map(text.find, self.stops) if at >= 0]
+        # The stop text that is complete first counts, the longest of several that end together:
+        # so the answer does not depend on how the text was cut into pieces.
+        found = [
+            (text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text
+        ]
         if found:
             self.stopped, self.held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -1153,7 +1157,10 @@ class Score(NamedTuple):
     @property
     def perplexity(self) -> float:
         scored = sum(value is not None for value in self.logprobs)
-        return math.exp(-self.total / scored) if scored else math.nan
+        try:
+            return math.exp(-self.total / scored) if scored else math.nan
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -1173,6 +1180,9 @@ def ids_of(events: Iterator[Event]) -> Iterator[int]:
     for token, _ in events:
         if token is not None:
             yield token
+
+
+CLOSED = "session: it or its model is closed; open a new one"
 
 
 class Session:
@@ -1212,7 +1222,7 @@ class Session:
         tokens = self.model.tokens_of(prompt)
         with self._alone():
             self._append(tokens)
-            if self._tokens:
+            if tokens:
                 self._last_logits()
 
     def rewind(self, n: int) -> None:
@@ -1260,7 +1270,7 @@ class Session:
             )
         try:
             if self._closed or self.model.closed:
-                raise StateError("session: it or its model is closed; open a new one")
+                raise StateError(CLOSED)
             yield
         finally:
             self._lock.release()
@@ -1272,17 +1282,16 @@ class Session:
             text = f"expected at most {room} tokens, the positions of the model, found {there}"
             raise ContextError(f"context: {text}; shorten the text or rewind the session")
         if tokens:
-            self._tokens += tokens
-            self._logits = None
             self._change += 1
+            self._logits = None
+            self._tokens += tokens
 
     def _truncate(self, n: int) -> None:
         if n < len(self._tokens):
-            del self._tokens[n:]
-            # The logits of the new last token are gone: it must be computed again when needed.
-            self._n_cached = min(self._n_cached, max(n - 1, 0))
-            self._logits = None
             self._change += 1
+            self._logits = None
+            self._n_cached = min(self._n_cached, n)
+            del self._tokens[n:]
 
     def _is_full(self) -> bool:
         """Whether the last token is the one that the last position predicted."""
@@ -1290,23 +1299,28 @@ class Session:
 
     def _last_logits(self) -> Array:
         """Compute the tokens that the cache lacks, chunk by chunk; the logits after the last."""
-        if self._logits is None:
+        logits = self._logits
+        if logits is None:
             if not self._tokens:
                 raise StateError("session: it is empty; feed it a text first")
             if self._is_full():
                 raise ContextError("context: nothing can follow the last position; rewind first")
+            # At least the last one: its logits may be forgotten where its keys are not.
+            self._n_cached = min(self._n_cached, len(self._tokens) - 1)
             while self._n_cached < len(self._tokens):
                 logits = self._advance(1)
-            self._logits = logits[0]
-        return self._logits
+            self._logits = logits = logits[0]
+        return logits
 
     def _advance(self, n_logits: int) -> Array:
         """Compute the next chunk; the logits after its last tokens, all finite."""
-        backend = self.model.backend
+        backend, cache = self.model.backend, self._cache
+        if cache is None:  # closed by another thread just now
+            raise StateError(CLOSED)
         start = self._n_cached
         tokens = self._tokens[start : start + backend.chunk]
         with np.errstate(all="ignore"):  # damaged weights are an error below, not a warning
-            logits = backend.forward(self._cache, tokens, start, min(n_logits, len(tokens)))
+            logits = backend.forward(cache, tokens, start, min(n_logits, len(tokens)))
         if not np.isfinite(logits).all():
             raise NumericError(
                 f"{self.model.path}: NaN or infinite logits at position {start + len(tokens) - 1}: "
@@ -1337,7 +1351,8 @@ class Session:
         self.seed, self.finish_reason = seed, None
         with self._alone():
             self._begin()
-        seen, change = set(self._tokens), self._change
+            self._change += 1  # a stream that is open elsewhere ends here
+            seen, change = set(self._tokens), self._change
         for _ in range(options.max_new_tokens):
             with self._alone():
                 if self._change != change:
@@ -1349,8 +1364,8 @@ class Session:
                 if token == self.model.config.eos_token_id:
                     self.finish_reason = "end"
                     return
-                self._tokens.append(token)
                 self._logits = None
+                self._tokens.append(token)
                 seen.add(token)
             yield token
         self.finish_reason = "length"
@@ -1382,7 +1397,7 @@ class Model:
             self.config = read_config(self.file)
             has_tokenizer = self.config.n_merges is not None
             self.tokenizer = Tokenizer(self.file, self.config) if has_tokenizer else None
-            self.backend = NumpyBackend(self.file, self.config, threads)
+            self._backend: NumpyBackend | None = NumpyBackend(self.file, self.config, threads)
         except TinyGPT2Error:
             self.file.close()
             raise
@@ -1394,14 +1409,23 @@ class Model:
         config = self.config
         return config.bos_token_id if config.eos_token_id is None else config.eos_token_id
 
+    @property
+    def backend(self) -> NumpyBackend:
+        """What computes."""
+        backend = self._backend
+        if backend is None:
+            raise StateError("model: it is closed; load it again")
+        return backend
+
     def need_tokenizer(self) -> Tokenizer:
+        tokenizer = self.tokenizer  # before `closed` is looked at: another thread may be closing
         if self.closed:
             raise StateError("model: it is closed; load it again")
-        if self.tokenizer is None:
+        if tokenizer is None:
             raise InputError(
                 f"{self.path}: no tokenizer inside; use token ids (generate_ids, --ids)"
             )
-        return self.tokenizer
+        return tokenizer
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text; the names of special tokens count as such only if `special`."""
@@ -1417,13 +1441,13 @@ class Model:
 
     def check_ids(self, ids: Iterable[int]) -> list[int]:
         """Ids as a list of int (NumPy's integers are welcome), each in the vocabulary."""
-        if isinstance(ids, bytes) or not hasattr(ids, "__iter__"):
+        if isinstance(ids, (bytes, bytearray)) or not hasattr(ids, "__iter__"):
             raise InputError(f"prompt: expected text or token ids, found {brief(ids)}")
         tokens = []
         size = self.config.vocab_size
         for position, value in enumerate(ids):
-            token = value.__index__() if hasattr(value, "__index__") else value
-            if not is_token(token, size):
+            token = as_index(value)
+            if token is None or not is_token(token, size):
                 found = f"{brief(value)} at position {position}"
                 raise InputError(
                     f"token ids: expected whole numbers from 0 to {size - 1}, found {found}"
@@ -1433,8 +1457,6 @@ class Model:
 
     def session(self) -> Session:
         """A new, empty session."""
-        if self.closed:
-            raise StateError("model: it is closed; load it again")
         return Session(self)
 
     def generate(self, prompt: Prompt, **options: Any) -> str:
@@ -1517,9 +1539,7 @@ class Model:
         """Release the file. Sessions of this model fail from here on; closing again is allowed."""
         if not self.closed:
             self.closed = True
-            if self.tokenizer is not None:
-                self.tokenizer.close()
-            self.backend.close()
+            self.tokenizer = self._backend = None  # who computes now holds what it needs
             self.file.close()
 
     def __enter__(self) -> Model:
@@ -1534,7 +1554,7 @@ def session_logits(session: Session, tokens: list[int]) -> Iterator[Array]:
     with session._alone():
         session._append(tokens)
         while session._n_cached < len(session._tokens):
-            yield session._advance(session.model.backend.chunk)
+            yield session._advance(1 << 30)
 
 
 def load(
@@ -1634,7 +1654,7 @@ def find_checkpoint(source: str) -> tuple[str, list[str]]:
         if not is_text_map(shards) or not shards:
             raise FormatError(index, "weight_map", "an object of file names", brief(shards))
         for shard in shards.values():
-            if os.path.basename(shard) != shard:
+            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
                 raise FormatError(index, "weight_map", "names of files beside it", brief(shard))
         return source, [os.path.join(source, name) for name in sorted(set(shards.values()))]
     advice = "name the folder that holds it"
@@ -1884,10 +1904,10 @@ def read_vocabulary(folder: str) -> Vocabulary | None:
     tokenizer, vocab, merges = (
         os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json", "merges.txt")
     )
-    if os.path.exists(tokenizer):
-        return read_tokenizer_json(tokenizer)
     if os.path.exists(vocab) and os.path.exists(merges):
         return read_vocabulary_files(folder, vocab, merges)
+    if os.path.exists(tokenizer):
+        return read_tokenizer_json(tokenizer)
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
@@ -2030,7 +2050,7 @@ def byte_alphabet() -> dict[str, int]:
 # missing of it; a download that broke off goes on where it ended.
 
 HUB = "https://huggingface.co"
-ATTEMPTS, TIMEOUT = 5, 30  # how often a broken transfer is taken up again; seconds of silence
+ATTEMPTS, PAUSE, TIMEOUT = 5, 0.4, 30  # tries; seconds before the second; seconds of silence
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -2049,10 +2069,12 @@ def download(
     HF_HOME and HF_HUB_CACHE are honoured. A broken download is kept beside `out` and resumed by
     the next call. Raises `DownloadError`, or `FormatError` if what came is not a GPT-2.
     """
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) or ".." in name:
         raise InputError(f"model name: expected 'gpt2' or 'owner/name', found {brief(name)}")
-    if not re.fullmatch(r"[\w./-]+", revision) or ".." in revision:
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision, re.ASCII) or ".." in revision:
         raise InputError(f"revision: expected a branch, tag or commit, found {brief(revision)}")
+    if not re.fullmatch("[!-~]*", os.environ.get("HF_TOKEN", "").strip()):
+        raise DownloadError("HF_TOKEN: expected letters, digits and signs, found others")
     cached = cached_snapshot(name, revision)
     if cached:
         convert(cached, out, progress)
@@ -2064,7 +2086,7 @@ def download(
         )
     folder = os.fsdecode(out) + ".download"
     endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    base = f"{endpoint}/{name}/resolve/{revision}/"
+    base = f"{endpoint}/{name}/resolve/{revision.replace('/', '%2F')}/"
     try:
         os.makedirs(folder, exist_ok=True)
         fetch_checkpoint(base, folder, progress)
@@ -2087,7 +2109,7 @@ def cached_snapshot(name: str, revision: str) -> str | None:
         repository = os.path.join(cache, "models--" + owner.replace("/", "--"))
         commit = revision
         reference = os.path.join(repository, "refs", revision)
-        with contextlib.suppress(OSError), open(reference, encoding="utf-8") as file:
+        with contextlib.suppress(OSError, ValueError), open(reference, encoding="utf-8") as file:
             commit = file.read().strip()
         folder = os.path.join(repository, "snapshots", commit)
         if is_complete(folder):
@@ -2111,14 +2133,18 @@ def is_complete(folder: str) -> bool:
 
 def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> None:
     """Fetch what `convert` needs: the weights in one file or in shards, and the tokenizer."""
+    import urllib.parse
 
     def fetch(name: str, optional: bool = False) -> bool:
-        return fetch_file(base + name, os.path.join(folder, name), optional, progress)
+        url = base + urllib.parse.quote(name)
+        return fetch_file(url, os.path.join(folder, name), optional, progress)
 
     fetch("config.json")
+    checkpoint_config(os.path.join(folder, "config.json"), None)  # before the weights are fetched
     if not (fetch("vocab.json", optional=True) and fetch("merges.txt", optional=True)):
         fetch("tokenizer.json", optional=True)
-    fetch("tokenizer_config.json", optional=True)
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        fetch(name, optional=True)
     if not fetch(WEIGHTS, optional=True):
         fetch(WEIGHTS_INDEX)
         for shard in find_checkpoint(folder)[1]:
@@ -2127,16 +2153,22 @@ def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> None:
 
 def fetch_file(url: str, path: str, optional: bool, progress: Progress | None) -> bool:
     """Fetch one file and check its size and hash; False if it is optional and not there."""
-    if os.path.exists(path):  # an earlier, interrupted call has finished it
-        return True
+    size: int | None = None
     for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(0.2 * 2**attempt)
+        time.sleep(PAUSE * (2**attempt - 1))
         try:
             remote = ask(url)
+            size = remote.size
+            if os.path.exists(path) and matches(remote, path):  # from an interrupted call
+                return True
             part = f"{path}.{re.sub('[^0-9A-Za-z]', '', remote.tag)[:64]}.part"
             transfer(remote, part, progress)
-            check_hash(remote, part)
+            if not matches(remote, part):
+                os.unlink(part)
+                advice = "what came was deleted; try again"
+                raise DownloadError(
+                    f"{url}: expected the hash {remote.tag}, found another ({advice})"
+                )
             os.replace(part, path)
             return True
         except ConnectionError as error:
@@ -2146,8 +2178,16 @@ def fetch_file(url: str, path: str, optional: bool, progress: Progress | None) -
                 return False
             advice = "check the name; a private model needs HF_TOKEN"
             raise DownloadError(f"{url}: there is no such file ({advice})") from None
+    kept = f"{kept_bytes(path)} of {size or 'unknown'} bytes are here"
     advice = "run the same again to go on from there"
-    raise DownloadError(f"{url}: {failure} after {ATTEMPTS} attempts ({advice})")
+    raise DownloadError(f"{url}: {failure} after {ATTEMPTS} attempts; {kept} ({advice})")
+
+
+def kept_bytes(path: str) -> int:
+    """How much of a file an unfinished download has left."""
+    folder, name = os.path.split(path)
+    parts = [e for e in os.listdir(folder) if e.startswith(name + ".") and e.endswith(".part")]
+    return max((os.path.getsize(os.path.join(folder, part)) for part in parts), default=0)
 
 
 @contextlib.contextmanager
@@ -2163,7 +2203,6 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
     import urllib.request
 
     base = urllib.request.HTTPRedirectHandler
-    home = urllib.parse.urlsplit(url)[:2]
 
     def answer_or_follow(handler: Any, old: Any, body: Any, code: int, *rest: Any) -> Any:
         """The hub says all about a large file in its redirect; the storage may refuse a HEAD."""
@@ -2176,7 +2215,7 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
         new = base.redirect_request(handler, old, body, code, *rest)
         if new is not None:
             new.method = method
-            if urllib.parse.urlsplit(rest[2])[:2] != home:
+            if urllib.parse.urlsplit(rest[2])[:2] != urllib.parse.urlsplit(url)[:2]:
                 new.remove_header("Authorization")
         return new
 
@@ -2184,8 +2223,9 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
     steps = {**dict.fromkeys(names, answer_or_follow), "redirect_request": follow}
     redirects = type("Redirects", (base,), steps)
     headers = {"User-Agent": f"tinygpt2/{__version__}", "Accept-Encoding": "identity"}
-    if os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = "Bearer " + os.environ["HF_TOKEN"].strip()
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     if offset:
         headers["Range"] = f"bytes={offset}-"
     try:
@@ -2194,6 +2234,7 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
         with opener.open(query, timeout=TIMEOUT) as response:
             yield response
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 404:
             raise FileNotFoundError(url) from None
         if error.code in (408, 429) or error.code >= 500:
@@ -2228,7 +2269,7 @@ def transfer(remote: RemoteFile, part: str, progress: Progress | None) -> None:
         resumed = done and response.status == 206
         with open(part, "ab" if resumed else "wb") as file:
             done = done if resumed else 0
-            for block in iter(lambda: response.read(1 << 20), b""):
+            for block in iter(lambda: response.read1(1 << 20), b""):
                 done += len(block)
                 if done > (remote.size or MAX_HEADER):
                     raise DownloadError(
@@ -2241,24 +2282,23 @@ def transfer(remote: RemoteFile, part: str, progress: Progress | None) -> None:
         raise ConnectionError(f"the connection ended at {done} of {remote.size} bytes")
 
 
-def check_hash(remote: RemoteFile, part: str) -> None:
-    """Compare with the server's hash: sha256 for large files, git's own for small ones."""
+def matches(remote: RemoteFile, path: str) -> bool:
+    """Whether a file has the server's size and hash: sha256 for large files, git's for small."""
     import hashlib
 
-    size = os.path.getsize(part)
+    size = os.path.getsize(path)
+    if remote.size is not None and size != remote.size:
+        return False
     if len(remote.tag) == 64:
         digest = hashlib.sha256()
     elif len(remote.tag) == 40:
         digest = hashlib.sha1(b"blob %d\0" % size)
     else:
-        return
-    with open(part, "rb") as file:
+        return True
+    with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    if digest.hexdigest() != remote.tag:
-        os.unlink(part)
-        found = f"{digest.hexdigest()}; it was deleted, try again"
-        raise DownloadError(f"{remote.url}: expected the hash {remote.tag}, found {found}")
+    return digest.hexdigest() == remote.tag
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2279,28 +2319,49 @@ it, Ctrl-D leaves. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code; errors are one line on standard error."""
+    if sys.stderr is None:  # closed: `print` would take standard output in its place
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
-        options = build_parser().parse_args(arguments)
-        run: Callable[[argparse.Namespace], None] = options.run
-        run(options)
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        code = run_arguments(arguments)
         sys.stdout.flush()
-        return 0
-    except SystemExit as leave:  # argparse's: 0 after --help, 2 after wrong usage
-        return leave.code if isinstance(leave.code, int) else 2
+        return code
     except TinyGPT2Error as error:
-        print(f"tinygpt2: error: {error}", file=sys.stderr)
+        text = re.sub(r"^option (\w+)", lambda m: flag_of(m[1]), str(error))
+        print(f"tinygpt2: error: {text}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever reads the answer has had enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 0
     except (OSError, MemoryError) as error:
-        print(f"tinygpt2: error: {error or 'out of memory'}", file=sys.stderr)
+        drop_output()
+        print(f"tinygpt2: error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
+
+
+def flag_of(option: str) -> str:
+    return "--max-tokens" if option == "max_new_tokens" else "--" + option.replace("_", "-")
+
+
+def drop_output() -> None:
+    """What cannot be written must not be tried again when Python ends."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run_arguments(arguments: Sequence[str] | None) -> int:
+    try:
+        options = build_parser().parse_args(arguments)
+        options.run(options)
+        return 0
+    except SystemExit as leave:  # argparse's: 0 after --help, 2 after wrong usage
+        return leave.code if isinstance(leave.code, int) else 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2363,12 +2424,16 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="commands", metavar="", prog="tinygpt2")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="tinygpt2")
+
+    import argparse
 
     def add(
         name: str, run: Callable[[argparse.Namespace], None], text: str
     ) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=text, description=text, argument_default=argparse.SUPPRESS
+        )
         command.set_defaults(run=run)
         return command
 
@@ -2382,7 +2447,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     )
     command.add_argument("name", help="its name there, as gpt2 or owner/name")
     command.add_argument(
-        "-o", "--out", metavar="FILE", help="the .tg2 file to write (default: NAME.tg2)"
+        "-o",
+        "--out",
+        default=None,
+        metavar="FILE",
+        help="the .tg2 file to write (default: NAME.tg2)",
     )
     command.add_argument(
         "--revision", default="main", help="a branch, tag or commit (default: main)"
@@ -2398,7 +2467,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="FILE", help="a .tg2 file (default: the one that comes along)"
     )
     command.add_argument(
-        "--verify", action="store_true", help="check its checksum and vocabulary too"
+        "--verify", action="store_true", default=False, help="check its checksum and vocabulary too"
     )
     command = add("bench", run_bench, "measure the speed of a model")
     add_model_options(command)
@@ -2418,10 +2487,12 @@ def read_prompt(options: argparse.Namespace) -> Prompt | None:
     """The prompt that the options name, as text or ids; None if they name none."""
     text: str | None = options.prompt if options.ids is None else options.ids
     if text == "-":
+        if sys.stdin is None:
+            raise InputError("standard input is closed")
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
         text = re.sub(r"\r?\n\Z", "", text)  # the one that ends a file or an echo
     if text is None or options.ids is None:
-        return text
+        return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
@@ -2430,10 +2501,11 @@ def read_prompt(options: argparse.Namespace) -> Prompt | None:
 
 def run_generate(options: argparse.Namespace) -> None:
     prompt = read_prompt(options)
-    if prompt is None and not sys.stdin.isatty():
+    if prompt is None and not (sys.stdin and sys.stdin.isatty()):
         raise InputError("no prompt: pass --prompt TEXT, or --prompt - to read standard input")
     choices = {name: getattr(options, name) for name in Options._fields if hasattr(options, name)}
     with load_model(options) as model:
+        check_options(choices, model.config.vocab_size)
         if prompt is None:
             interact(model, choices)
         else:
@@ -2604,9 +2676,7 @@ def verify(file: TensorFile, config: Config) -> None:
     if found != expected:
         raise FormatError(file.path, "data", f"the CRC-32 {brief(expected)}", found)
     if config.n_merges is not None:
-        tokenizer = Tokenizer(file, config)
-        tokenizer.verify(file.path)
-        tokenizer.close()
+        Tokenizer(file, config).verify(file.path)
     print("verified: the checksum and the vocabulary are right", file=sys.stderr)
 
 
@@ -2618,6 +2688,9 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def run_bench(options: argparse.Namespace) -> None:
     """Measure prompts and decoding; the median of the runs, in tokens per second."""
+    for name in ("max_tokens", "runs"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{flag_of(name)}: expected a number from 1")
     with load_model(options) as model:
         room = model.config.n_positions
         n_new = max(1, min(options.max_tokens, room // 2))

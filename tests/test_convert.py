@@ -565,7 +565,11 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
     "shard above": (shard_map({"wte.weight": "../outside.safetensors"}), INDEX, "weight_map"),
     "shard below": (shard_map({"wte.weight": "a/shard.safetensors"}), INDEX, "weight_map"),
     "shard at the root": (shard_map({"wte.weight": "/etc/passwd"}), INDEX, "weight_map"),
-    "shard is a folder": (shard_map({"wte.weight": ".."}), "..", "file"),
+    "shard is a folder": (
+        shard_map({"wte.weight": ".."}),
+        "model.safetensors.index.json",
+        "weight_map",
+    ),
     "shard missing": (shard_map({"wte.weight": "b.safetensors"}), "b.safetensors", "file"),
     "shard with NUL": (shard_map({"wte.weight": "b\0"}), "b\0", "file"),
     "WordPiece": (fast(model=WORDPIECE), "tokenizer.json", "model type"),
@@ -674,7 +678,8 @@ def test_refused(tmp_path: Path, weights: Weights, spoil: Spoil, name: str, fiel
             tinygpt2.convert(folder, tmp_path / out)
         error, message = caught.value, str(caught.value)
         assert (error.path, error.field) == (f"{folder}/{name}", field), message
-        assert f": {field}: expected " in message and "\x00" not in message
+        assert f": {field}: expected " in message
+        assert "\x00" not in message
         assert ", found " in message
         assert len(message) < len(error.path) + 400
     assert sorted(tmp_path.iterdir()) == before

@@ -69,7 +69,8 @@ def refusal(path: Path | str, field: str, open_file: Callable[[Any], object]) ->
         open_file(path)
     error, message = caught.value, str(caught.value)
     assert (error.path, error.field) == (str(path), field), message
-    assert f": {field}: expected " in message and "\0" not in message
+    assert f": {field}: expected " in message
+    assert "\0" not in message
     assert ", found " in message
     assert message.isprintable() or "\0" in str(path)
     assert len(message) < len(str(path)) + 400, "a message is a line, whatever the file holds"

@@ -1,0 +1,749 @@
+"""Section 9, the command line: run as a user runs it, in a process of its own."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Union
+
+import pytest
+from conftest import ROOT, TOY, random_weights, toy_tokenizer, write_checkpoint
+
+import tinygpt2
+from tinygpt2 import Model
+
+SCRIPT = ROOT / "tinygpt2.py"
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+ENVIRONMENT.update({"OPENBLAS_NUM_THREADS": "1", "TERM": "dumb"})
+COMMANDS = ("convert", "download", "score", "info", "bench")
+TIMEOUT = 30
+Argument = Union[str, bytes, Path]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def command(*arguments: Argument) -> list[Argument]:
+    return [sys.executable, SCRIPT, *arguments]
+
+
+def run_command(
+    line: list[Argument],
+    stdin: bytes = b"",
+    environ: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+) -> Result:
+    done = subprocess.run(
+        line,
+        input=stdin,
+        capture_output=True,
+        timeout=TIMEOUT,
+        cwd=cwd,
+        env={**ENVIRONMENT, **(environ or {})},
+        check=False,
+    )
+    return Result(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+
+
+def run(
+    *arguments: Argument, stdin: bytes = b"", environ: Mapping[str, str] | None = None
+) -> Result:
+    return run_command(command(*arguments), stdin, environ)
+
+
+def check_failure(result: Result, code: int, *words: str) -> None:
+    """One line says what is wrong; argparse shows the usage before it."""
+    *usage, message = result.err.splitlines()
+    assert message.startswith("tinygpt2")
+    assert ": error: " in message
+    assert not usage or usage[0].startswith("usage: tinygpt2")
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word.replace("-", "_") in message.replace("-", "_")
+    assert (result.code, result.out) == (code, "")
+
+
+@pytest.fixture(scope="module")
+def speaker_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that says nothing but ASCII letters, and can go on for long."""
+    config = {**TOY, "n_positions": 8192}
+    weights = random_weights(config)
+    words = toy_tokenizer()[0].items()
+    letters = [token for word, token in words if word.isascii() and word.isalpha()]
+    weights["wte.weight"][:, 0] = 0
+    weights["wte.weight"][letters, 0] = 1
+    weights["ln_f.bias"][0] = 50  # is added to the logits of the letters
+    folder = tmp_path_factory.mktemp("speaker")
+    tinygpt2.convert(write_checkpoint(folder, config, weights), folder / "speaker.tg2")
+    return folder / "speaker.tg2"
+
+
+@pytest.fixture
+def speaker(speaker_path: Path) -> Iterator[Model]:
+    with tinygpt2.load(speaker_path) as model:
+        yield model
+
+
+# The answer
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (["--seed", "1"], {"seed": 1}),
+        (["--temperature", "0", "--max-tokens", "9"], {"temperature": 0, "max_new_tokens": 9}),
+        (
+            ["--top-k=0", "--top-p=0.9", "--min-p=0.01", "--repetition-penalty=1.5", "--seed=-2"],
+            {"top_k": 0, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.5, "seed": -2},
+        ),
+        (["--max-tokens", "0"], {"max_new_tokens": 0}),
+        (["--backend", "numpy", "--threads", "1", "--seed", "3"], {"seed": 3}),
+    ],
+    ids=str,
+)
+def test_prompt_prints_the_answer_of_generate(
+    toy: Model, toy_path: Path, flags: list[str], options: dict[str, Any]
+) -> None:
+    result = run("--model", toy_path, "--prompt", "The thing", *flags)
+    assert result.out == toy.generate("The thing", **options) + "\n"
+    assert result.code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        (b"The thing", "The thing"),
+        (b"The thing\n", "The thing"),
+        (b"The thing\r\n", "The thing"),
+        (b"\nThe thing\n\n", "\nThe thing\n"),
+        ("é \U0001f600".encode(), "é \U0001f600"),
+        (b"The \xff\xc3", "The \ufffd\ufffd"),
+        (b"", ""),
+    ],
+    ids=ascii,
+)
+def test_prompt_from_standard_input(toy: Model, toy_path: Path, given: bytes, prompt: str) -> None:
+    result = run("--model", toy_path, "--prompt", "-", "--seed=1", "--max-tokens=9", stdin=given)
+    assert result == (0, toy.generate(prompt, seed=1, max_new_tokens=9) + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        (b"The \xff", "The \ufffd"),
+        ("é".encode(), "é"),
+        (b"", ""),
+        (b"--seed", "--seed"),
+        (b"- a list", "- a list"),
+    ],
+    ids=ascii,
+)
+def test_prompt_from_strange_arguments(
+    toy: Model, toy_path: Path, given: bytes, prompt: str
+) -> None:
+    result = run("--model", toy_path, b"--prompt=" + given, "--seed", "1", "--max-tokens", "9")
+    assert result == (0, toy.generate(prompt, seed=1, max_new_tokens=9) + "\n", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "stdin"), [("5 6 7", b""), ("5,6, 7", b""), ("-", b"5 6\n7\n")], ids=ascii
+)
+def test_ids_print_ids(toy: Model, toy_path: Path, given: str, stdin: bytes) -> None:
+    flags = ["--seed", "1", "--max-tokens", "9"]
+    result = run("--model", toy_path, "--ids", given, *flags, stdin=stdin)
+    expected = toy.generate_ids([5, 6, 7], seed=1, max_new_tokens=9)
+    assert [int(part) for part in result.out.split()] == expected
+    assert (result.code, result.err, result.out.count("\n")) == (0, "", 1)
+
+
+def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    tinygpt2.convert(write_checkpoint(tmp_path, tokenizer=False), tmp_path / "m.tg2")
+    result = run("--model", tmp_path / "m.tg2", "--ids", "5 6", "--max-tokens", "4")
+    assert len(result.out.split()) <= 4
+    assert (result.code, result.err) == (0, "")
+    check_failure(run("--model", tmp_path / "m.tg2", "--prompt", "a"), 2, "no tokenizer", "--ids")
+
+
+def test_stop_texts(speaker: Model, speaker_path: Path) -> None:
+    whole = speaker.generate("The", seed=1, max_new_tokens=30)
+    stops = [whole[9:12], whole[5:8]]
+    flags = ["--prompt", "The", "--seed", "1", "--stop", stops[0], "--stop", stops[1]]
+    result = run("--model", speaker_path, *flags)
+    assert result == (0, whole[: min(map(whole.index, stops))] + "\n", "")
+
+
+def test_json_is_one_object(toy: Model, toy_path: Path) -> None:
+    result = run("--model", toy_path, "--prompt=The", "--seed=1", "--max-tokens=9", "--json")
+    found = json.loads(result.out)
+    figures = found.pop("figures")
+    assert found == {
+        "text": toy.generate("The", seed=1, max_new_tokens=9),
+        "ids": toy.generate_ids("The", seed=1, max_new_tokens=9),
+        "finish_reason": "length",
+        "seed": 1,
+    }
+    assert figures["prompt_tokens"] == len(toy.encode("The"))
+    assert figures["new_tokens"] == 9
+    assert figures["seconds_to_first_token"] > 0
+    assert figures["tokens_per_second"] > 0
+    assert (result.code, result.err, result.out.count("\n")) == (0, "", 1)
+
+
+def test_json_of_ids_without_a_seed(toy: Model, toy_path: Path) -> None:
+    found = json.loads(run("--model", toy_path, "--ids=5 6", "--max-tokens=9", "--json").out)
+    assert found["text"] is None
+    assert found["ids"] == toy.generate_ids([5, 6], max_new_tokens=9, seed=found["seed"])
+
+
+def test_stats_go_to_standard_error(toy: Model, toy_path: Path) -> None:
+    result = run("--model", toy_path, "--prompt=The", "--seed=1", "--max-tokens=9", "--stats")
+    assert (result.code, result.out) == (0, toy.generate("The", seed=1, max_new_tokens=9) + "\n")
+    names = [line.partition(":")[0] for line in result.err.splitlines()]
+    assert {"prompt_tokens", "new_tokens", "tokens_per_second", "peak_memory_mb"} <= set(names)
+
+
+def test_a_full_context_is_noted(toy: Model, toy_path: Path) -> None:
+    seeds = range(100)
+    lengths = (len(toy.generate_ids([1], seed=seed)) for seed in seeds)
+    seed = next(seed for seed, length in zip(seeds, lengths) if length == TOY["n_positions"])
+    result = run("--model", toy_path, "--ids", "1", "--seed", str(seed))
+    assert len(result.out.split()) == TOY["n_positions"]
+    assert result.code == 0
+    assert result.err == "tinygpt2: stopped: all 64 positions of the context are used\n"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"LC_ALL": "C"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "latin-1"},
+    ],
+    ids=str,
+)
+def test_the_output_is_utf_8_in_every_locale(
+    toy: Model, toy_path: Path, environ: dict[str, str]
+) -> None:
+    answer = toy.generate("é", seed=1, max_new_tokens=40)
+    assert not answer.isascii()
+    flags: list[Argument] = ["--prompt", "é".encode(), "--seed", "1", "--max-tokens", "40"]
+    result = run("--model", toy_path, *flags, environ=environ)
+    assert result == (0, answer + "\n", "")
+
+
+# Wrong usage: 2, and what is wrong
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--max-tokens", value) for value in ("x", "-1", "1.5", "")),
+        *(("--temperature", value) for value in ("x", "-1", "nan", "inf")),
+        *(("--top-k", value) for value in ("x", "-1", "1.5")),
+        *(("--top-p", value) for value in ("x", "0", "1.1")),
+        *(("--min-p", value) for value in ("x", "-0.1", "1.1")),
+        *(("--repetition-penalty", value) for value in ("x", "0", "nan")),
+        *(("--seed", value) for value in ("x", "1.5")),
+        ("--stop", ""),
+        *(("--threads", value) for value in ("x", "0", "-1")),
+        ("--backend", "cuda"),
+    ],
+)
+def test_a_wrong_value_is_named(toy_path: Path, flag: str, value: str) -> None:
+    check_failure(run("--model", toy_path, "--prompt", "a", f"{flag}={value}"), 2, flag[2:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--ids", "1 x"], "whole numbers"),
+        (["--ids", "1 300"], "position 1"),
+        (["--ids=-1"], "position 0"),
+        (["--ids", "1.0"], "whole numbers"),
+        (["--prompt", "a", "--ids", "1"], "not allowed with"),
+        (["--prompt"], "--prompt"),
+        (["--prompt", "a" * 65], "at most 64 tokens"),
+        (["--frobnicate"], "--frobnicate"),
+        ([], "no prompt"),
+    ],
+    ids=ascii,
+)
+def test_wrong_usage(toy_path: Path, arguments: list[str], word: str) -> None:
+    check_failure(run("--model", toy_path, *arguments), 2, word)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["frobnicate"], "argument COMMAND"),
+        (["convert"], "source"),
+        (["convert", "somewhere"], "--out"),
+        (["download"], "name"),
+        (["download", "../up", "-o", "x"], "model name"),
+        (["score"], "no text"),
+        (["score", "--ids", "x"], "whole numbers"),
+        (["info", "--frobnicate"], "--frobnicate"),
+        (["bench", "--runs", "x"], "--runs"),
+        (["bench", "--runs", "0"], "runs"),
+        (["bench", "--max-tokens", "0"], "max-tokens"),
+    ],
+    ids=ascii,
+)
+def test_wrong_usage_of_commands(toy_path: Path, arguments: list[str], word: str) -> None:
+    model: list[Argument] = ["--model", toy_path] if arguments[0] in ("score", "bench") else []
+    check_failure(run(*arguments, *model), 2, word)
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in COMMANDS)], ids=str)
+def test_help(arguments: list[str]) -> None:
+    result = run(*arguments, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith(" ".join(["usage: tinygpt2", *arguments, "["]))
+    names = COMMANDS if not arguments else ()
+    assert all(name in result.out for name in names)
+
+
+def test_version() -> None:
+    assert run("--version") == (0, f"tinygpt2 {tinygpt2.__version__}\n", "")
+
+
+# Failures: 1, and why
+
+
+def damaged(toy_path: Path, folder: Path, how: str) -> Path:
+    data = toy_path.read_bytes()
+    contents = {
+        "empty": b"",
+        "short": data[:5],
+        "no header": b"\xff" * 100,
+        "cut": data[:-100],
+        "longer": data + b"\0",
+        "other bytes": data[:100] + b"\0" + data[101:],
+    }
+    path = folder / "damaged.tg2"
+    path.write_bytes(contents[how])
+    return path
+
+
+@pytest.mark.parametrize("how", ["empty", "short", "no header", "cut", "longer", "other bytes"])
+def test_a_damaged_model_file(toy_path: Path, tmp_path: Path, how: str) -> None:
+    path = damaged(toy_path, tmp_path, how)
+    result = run("--model", path, "--prompt", "a")
+    check_failure(result, 1, str(path), "expected", "found")
+    assert result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "a"], ["score", "--prompt", "a"], ["info"]])
+def test_a_model_file_that_is_not_there(tmp_path: Path, arguments: list[str]) -> None:
+    for path in (tmp_path / "missing.tg2", tmp_path):
+        check_failure(run(*arguments, "--model", path), 1, str(path))
+
+
+def test_a_checkpoint_is_not_a_model_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    result = run("--model", folder / "model.safetensors", "--prompt", "a")
+    check_failure(result, 1, "convert")
+
+
+def test_damaged_weights_are_one_line(tmp_path: Path) -> None:
+    weights = random_weights(TOY)
+    weights["ln_f.weight"][:] = 3e38
+    tinygpt2.convert(write_checkpoint(tmp_path, weights=weights), tmp_path / "m.tg2")
+    result = run("--model", tmp_path / "m.tg2", "--prompt", "a")
+    check_failure(result, 1, "NaN or infinite")
+    assert result.err.count("\n") == 1
+
+
+def test_without_the_default_model_it_says_what_is_missing(tmp_path: Path) -> None:
+    shutil.copy(SCRIPT, tmp_path)
+    for arguments in (["--prompt", "a"], ["score", "--prompt", "a"], ["info"], ["bench"]):
+        result = run_command([sys.executable, "tinygpt2.py", *arguments], cwd=tmp_path)
+        check_failure(result, 1, "default model", "tales.tg2", "name a .tg2 file")
+
+
+def test_the_default_model() -> None:
+    if not (ROOT / "vendor" / "tales.tg2").exists():
+        pytest.skip("needs the default model in vendor/")
+    with tinygpt2.load() as model:
+        expected = model.generate("Once upon a time", seed=1, max_new_tokens=9)
+    result = run("--prompt", "Once upon a time", "--seed", "1", "--max-tokens", "9")
+    assert result == (0, expected + "\n", "")
+
+
+WITHOUT_NUMPY = """
+import runpy, sys
+sys.modules["numpy"] = None
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_without_numpy_it_says_what_to_install(toy_path: Path, tmp_path: Path) -> None:
+    def run_without(*arguments: Argument) -> Result:
+        return run_command([sys.executable, "-c", WITHOUT_NUMPY, SCRIPT, *arguments])
+
+    check_failure(run_without("--model", toy_path, "--prompt", "a"), 1, "pip install numpy")
+    check_failure(run_without("convert", tmp_path, "-o", tmp_path / "x"), 1, "pip install numpy")
+    assert run_without("info", "--verify", "--model", toy_path).code == 0
+    assert run_without("--help").code == 0
+
+
+# Streams that are closed, full or cut off
+
+
+ANSWERS = [
+    ["--prompt", "a", "--seed", "1", "--max-tokens", "9"],
+    ["--prompt", "a", "--seed", "1", "--max-tokens", "9", "--json"],
+    ["score", "--prompt", "a"],
+    ["info"],
+    ["--help"],
+    ["--version"],
+]
+
+
+def run_into(target: int, arguments: list[str], toy_path: Path) -> Result:
+    """Run a command whose standard output is an open file."""
+    model = [] if arguments[0] in ("--help", "--version") else ["--model", str(toy_path)]
+    done = subprocess.run(
+        command(*arguments, *model),
+        stdout=target,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        timeout=TIMEOUT,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    return Result(done.returncode, "", done.stderr.decode())
+
+
+@pytest.mark.parametrize("arguments", ANSWERS, ids=str)
+def test_an_answer_that_nobody_reads_is_no_error(toy_path: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert run_into(writer, arguments, toy_path) == (0, "", "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", ANSWERS, ids=str)
+def test_a_full_disk_is_an_error(toy_path: Path, arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        result = run_into(full.fileno(), arguments, toy_path)
+    check_failure(result, 1, "No space left")
+    assert result.err.count("\n") == 1
+
+
+def start(*arguments: Argument) -> subprocess.Popen[bytes]:
+    """A process that can be interrupted, even where these tests themselves ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command(*arguments),
+            bufsize=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+LONG = ["--prompt", "The", "--max-tokens", "8000", "--seed", "1"]
+
+
+def test_a_reader_who_leaves_half_way_ends_it_quietly(speaker_path: Path) -> None:
+    with start("--model", speaker_path, *LONG) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(TIMEOUT) == 0
+
+
+def test_ctrl_c_ends_it_quietly(speaker_path: Path) -> None:
+    with start("--model", speaker_path, *LONG) as process:
+        assert process.stdout
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=TIMEOUT)
+    assert len(out) < 4000  # of 8000 tokens: the first ones came while others were computed
+    assert (process.returncode, err) == (130, b"")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "arguments", "code", "error"),
+    [
+        ("<&-", ["--prompt", "-"], 2, "standard input"),
+        ("<&-", [], 2, "no prompt"),
+        ("<&-", ["--prompt", "a"], 0, ""),
+        (">&-", ["--prompt", "a"], 1, "standard output"),
+        ("2>&-", ["--prompt", "a"], 0, ""),
+        ("2>&-", ["--prompt", "a", "--top-k=-1"], 2, ""),
+        ("2>&-", ["score", "--prompt", "a"], 0, ""),
+    ],
+    ids=str,
+)
+def test_closed_streams(
+    toy_path: Path, redirection: str, arguments: list[str], code: int, error: str
+) -> None:
+    short = [] if arguments[:1] == ["score"] else ["--seed", "1", "--max-tokens", "9"]
+    line = command(*arguments, *short, "--model", toy_path)
+    result = run_command(["sh", "-c", f'exec "$@" {redirection}', "sh", *line])
+    if error:
+        check_failure(result, code, error)
+    else:
+        assert (result.code, result.err) == (code, "")
+        assert bool(result.out) == (code == 0)  # an error message never goes to standard output
+
+
+# Other ways to start it
+
+
+def test_python_m(toy: Model, toy_path: Path) -> None:
+    flags: list[Argument] = ["--model", toy_path, "--prompt", "The", "--seed", "1"]
+    result = run_command([sys.executable, "-m", "tinygpt2", *flags])
+    assert result.out == toy.generate("The", seed=1) + "\n"
+    assert result.code == 0
+
+
+def interpreters() -> list[str]:
+    """TINYGPT2_PYTHONS names them; otherwise this one and those of pyenv."""
+    named = os.environ.get("TINYGPT2_PYTHONS")
+    if named:
+        return named.split(os.pathsep)
+    versions = os.path.expanduser("~/.pyenv/versions")
+    found = [path for v in ("3.9", "3.1?") for path in glob.glob(f"{versions}/{v}.*/bin/python")]
+    return [sys.executable, *sorted(found)]
+
+
+@pytest.mark.parametrize("python", interpreters())
+def test_the_file_alone_runs(python: str, toy: Model, toy_path: Path, tmp_path: Path) -> None:
+    """Copied with a model into an empty folder, in every Python that is there."""
+    has_numpy = subprocess.run([python, "-c", "import numpy"], capture_output=True, check=False)
+    if has_numpy.returncode:
+        pytest.skip(f"{python} has no NumPy")
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copy(toy_path, tmp_path / "toy.tg2")
+    run_alone: list[Argument] = [python, "-W", "error", "tinygpt2.py", "--model", "toy.tg2"]
+    flags: list[Argument] = ["--prompt", "The é", "--seed", "1", "--max-tokens", "20"]
+    result = run_command([*run_alone, *flags], cwd=tmp_path)
+    # Other versions of NumPy sum in another order; a choice that hangs on the last bit is unlikely.
+    assert result == (0, toy.generate("The é", seed=1, max_new_tokens=20) + "\n", "")
+    wrong = run_command([*run_alone, "--prompt", "a", "--top-k=x"], cwd=tmp_path)
+    check_failure(wrong, 2, "--top-k")
+    write_checkpoint(tmp_path / "checkpoint")
+    convert: list[Argument] = [python, "-W", "error", "tinygpt2.py", "convert", "checkpoint"]
+    assert run_command([*convert, "-o", "again.tg2"], cwd=tmp_path) == (0, "", "")
+    assert (tmp_path / "again.tg2").read_bytes() == toy_path.read_bytes()
+
+
+# The other commands
+
+
+def test_options_count_before_a_command_too(toy_path: Path) -> None:
+    before = run("--model", toy_path, "score", "--prompt", "The")
+    assert before == run("score", "--model", toy_path, "--prompt", "The")
+    assert before.code == 0
+
+
+def test_convert(toy_path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.tg2"
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    assert run("convert", checkpoint, "-o", out) == (0, "", "")
+    assert out.read_bytes() == toy_path.read_bytes()
+    (checkpoint / "merges.txt").unlink()
+    check_failure(run("convert", checkpoint, "-o", out), 1, "vocab.json", "merges.txt")
+    check_failure(run("convert", tmp_path / "missing", "-o", out), 1, "missing")
+    missing = tmp_path / "missing" / "out.tg2"
+    check_failure(run("convert", toy_path.parent / "checkpoint", "-o", missing), 1, str(missing))
+    assert out.read_bytes() == toy_path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out.tg2"]
+
+
+def test_info(toy_path: Path) -> None:
+    result = run("info", "--model", toy_path)
+    lines = [line.split() for line in result.out.splitlines()]
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        assert [name, str(TOY[name])] in lines
+    tensors = [line[0] for line in lines[lines.index([]) + 2 :]]
+    assert tensors[:3] == ["wte.weight", "wpe.weight", "h.0.ln_1.weight"]
+    assert (result.code, result.err) == (0, "")
+
+
+def test_info_verify(toy_path: Path, tmp_path: Path) -> None:
+    result = run("info", "--verify", "--model", toy_path)
+    assert result.code == 0
+    assert result.err.startswith("verified: ")
+    data = bytearray(toy_path.read_bytes())
+    data[len(data) // 2] ^= 1  # a weight that is only a little different
+    path = tmp_path / "m.tg2"
+    path.write_bytes(data)
+    assert run("info", "--model", path).code == 0
+    check_failure(run("info", "--verify", "--model", path), 1, str(path), "CRC-32")
+
+
+def test_score(toy: Model, toy_path: Path) -> None:
+    score = toy.score("The thing é")
+    expected = {
+        "tokens": len(score.ids),
+        "logprob": score.total,
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+    }
+    result = run("score", "--model", toy_path, "--prompt", "The thing é")
+    found = dict(line.split(": ") for line in result.out.splitlines())
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected)
+    assert (result.code, result.err) == (0, "")
+    given = "The thing é\n".encode()
+    result = run("score", "--model", toy_path, "--prompt", "-", "--json", stdin=given)
+    found = json.loads(result.out)
+    assert found.pop("ids") == score.ids
+    assert found.pop("logprobs") == pytest.approx(score.logprobs)
+    assert found == pytest.approx(expected)
+
+
+def test_score_of_nothing(toy_path: Path) -> None:
+    found = json.loads(run("score", "--model", toy_path, "--prompt", "", "--json").out)
+    assert (found["tokens"], found["perplexity"]) == (0, None)
+
+
+def test_bench(toy_path: Path) -> None:
+    result = run("bench", "--model", toy_path, "--max-tokens", "2", "--runs", "1")
+    assert (result.code, result.err) == (0, "")
+    prompt, decoding = result.out.splitlines()
+    assert prompt.startswith("prompt of 62 tokens: ")
+    assert decoding.startswith("decoding after it: ")
+
+
+# At a terminal
+
+
+class Terminal:
+    """The command line at a terminal of its own."""
+
+    def __init__(self, *arguments: Argument) -> None:
+        spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", spawn, *command(*arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=ENVIRONMENT,
+        )
+        assert self.process.stdin
+        assert self.process.stdout
+        self.keyboard, self.screen = self.process.stdin, self.process.stdout
+        self.unread = b""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.keyboard.close()
+        self.screen.close()
+
+    def type(self, text: str) -> None:
+        self.keyboard.write(text.encode())
+        self.keyboard.flush()
+
+    def until(self, text: str) -> str:
+        """Read what is shown up to `text`; what comes before it."""
+        while text.encode() not in self.unread:
+            self.read()
+        before, _, self.unread = self.unread.partition(text.encode())
+        return before.decode("utf-8", "replace").replace("\r\n", "\n")
+
+    def read(self) -> None:
+        readable = select.select([self.screen], [], [], TIMEOUT)[0]
+        block = os.read(self.screen.fileno(), 1 << 16) if readable else b""
+        assert block, f"nothing more came after {self.unread!r}"
+        self.unread += block
+
+    def leave(self) -> tuple[int, str]:
+        """The exit code, and what was shown at the end."""
+        rest, _ = self.process.communicate(timeout=10)
+        return self.process.returncode, (self.unread + rest).decode("utf-8", "replace")
+
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+needs_pty = pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+
+
+@needs_pty
+def test_a_conversation(speaker: Model, speaker_path: Path) -> None:
+    options: dict[str, Any] = {"seed": 1, "max_new_tokens": 8}
+    with Terminal("--model", speaker_path, "--seed", "1", "--max-tokens", "8") as terminal:
+        assert "Ctrl-C stops an answer, Ctrl-D leaves" in terminal.until("> ")
+        with speaker.session() as session:
+            session.feed("The")
+            for typed in ("The", "", ""):  # an empty line continues
+                terminal.type(typed + "\n")
+                assert terminal.until("> ") == f"{typed}\n{session.generate(**options)}\n"
+        terminal.type("Other\n")  # and a prompt starts anew
+        assert terminal.until("> ") == f"Other\n{speaker.generate('Other', **options)}\n"
+        terminal.type(CTRL_D)
+        code, rest = terminal.leave()
+        assert (code, rest.strip("\r\n\b ^D")) == (0, "")
+
+
+@needs_pty
+def test_ctrl_c_stops_an_answer_and_it_asks_again(speaker_path: Path) -> None:
+    with Terminal("--model", speaker_path, "--seed", "1", "--max-tokens", "8000") as terminal:
+        terminal.until("> ")
+        terminal.type("The\n")
+        terminal.until("The\r\n")
+        terminal.read()  # the first letters of the answer
+        terminal.type(CTRL_C)
+        assert len(terminal.until("> ")) < 8000
+        time.sleep(0.3)  # Python misses a signal just before readline waits for the first key
+        terminal.type(CTRL_C)  # at the prompt: it asks again
+        terminal.until("> ")
+        terminal.type(CTRL_D)
+        code, rest = terminal.leave()
+        assert code == 0
+        assert "Traceback" not in rest
+
+
+@needs_pty
+def test_an_error_at_the_terminal_is_told_and_it_asks_again(toy_path: Path) -> None:
+    with Terminal("--model", toy_path) as terminal:
+        terminal.until("> ")
+        terminal.type("a" * 65 + "\n")
+        assert "error: context: expected at most 64 tokens" in terminal.until("> ")
+        terminal.type(CTRL_D)
+        assert terminal.leave()[0] == 0
+
+
+@needs_pty
+def test_a_wrong_option_at_the_terminal_is_told_before_it_asks(toy_path: Path) -> None:
+    with Terminal("--model", toy_path, "--top-k=-1") as terminal:
+        terminal.type(CTRL_D)
+        code, shown = terminal.leave()
+        assert code == 2
+        assert "top_k" in shown.replace("-", "_")
+
+
+@needs_pty
+def test_long_work_shows_its_progress_at_a_terminal(toy_path: Path) -> None:
+    with Terminal("score", "--model", toy_path, "--prompt", "a" * 300) as terminal:
+        assert "scoring [" in terminal.until("100%")
+        code, rest = terminal.leave()
+        assert code == 0
+        assert "perplexity: " in rest
