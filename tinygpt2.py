@@ -981,7 +981,7 @@ class NumpyBackend:
 class Options(NamedTuple):
     """How to choose tokens and when to stop. `generate` and `stream` take these as keywords.
 
-    The filters act in the order of the transformers library: repetition_penalty, logit_bias,
+    The filters act in the order of the transformers library: logit_bias, repetition_penalty,
     temperature, top_k, top_p, min_p; one token always remains.
     """
 
@@ -1016,7 +1016,7 @@ def check_options(options: dict[str, Any], vocab_size: int) -> Options:
             is_between(checked.repetition_penalty, 1e-6, 1e6),
             "a number from 1e-6 to 1e6",
         ),
-        ("seed", checked.seed is None or isinstance(checked.seed, int), "a whole number or None"),
+        ("seed", checked.seed is None or type(checked.seed) is int, "a whole number or None"),
         ("stop", are_texts(checked.stop), "a text or a list of texts, none empty"),
         (
             "logit_bias",
@@ -1065,15 +1065,14 @@ class SplitMix64:
 
 
 def adjust(logits: Array, seen: set[int], options: Options) -> Array:
-    """The logits with the repetition penalty and the bias. float32 -> float64 [vocab_size]"""
+    """The logits with the bias and the repetition penalty. float32 -> float64 [vocab_size]"""
     scores = logits.astype(np.float64)
-    if options.repetition_penalty != 1 and seen:
-        tokens = np.fromiter(seen, np.int64)
-        s = scores[tokens]
-        penalty = options.repetition_penalty
-        scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
     for token, bias in (options.logit_bias or {}).items():
         scores[token] += bias
+    if options.repetition_penalty != 1 and seen:
+        tokens = np.fromiter(seen, np.int64)
+        s, penalty = scores[tokens], options.repetition_penalty
+        scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
     if scores.max() == -np.inf:
         raise InputError("option logit_bias: it rules out every token")
     return scores
@@ -1241,7 +1240,7 @@ class Session:
         return pieces_of(self.events(text=True, **options))
 
     def stream_ids(self, **options: Any) -> Iterator[int]:
-        """The answer as token ids; works without a tokenizer."""
+        """The answer as token ids, those of a stop text included; works without a tokenizer."""
         return ids_of(self.events(text=bool(options.get("stop")), **options))
 
     def events(self, text: bool, **options: Any) -> Iterator[Event]:
@@ -1323,7 +1322,7 @@ class Session:
             logits = backend.forward(cache, tokens, start, min(n_logits, len(tokens)))
         if not np.isfinite(logits).all():
             raise NumericError(
-                f"{self.model.path}: NaN or infinite logits at position {start + len(tokens) - 1}: "
+                f"{self.model.path}: NaN or infinite logits by position {start + len(tokens) - 1}: "
                 "the weights are damaged (`info --verify` checks a file) or out of float32's range"
             )
         self._n_cached = start + len(tokens)
@@ -1389,6 +1388,8 @@ class Model:
             raise InputError(f"backend: expected None or 'numpy', found {brief(backend)}")
         if threads is not None and (not is_count(threads) or threads < 1):
             raise InputError(f"threads: expected None or a number from 1, found {brief(threads)}")
+        if not isinstance(path, (str, os.PathLike)):
+            raise InputError(f"path: expected the path of a .tg2 file, found {brief(path)}")
         if sys.byteorder != "little":
             raise TinyGPT2Error("a .tg2 file is little-endian, and this machine is not")
         self.file = TensorFile(path)
@@ -1429,6 +1430,8 @@ class Model:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text; the names of special tokens count as such only if `special`."""
+        if not isinstance(text, str):
+            raise InputError(f"text: expected a string, found {brief(text)}")
         return self.need_tokenizer().encode(text, special)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -1441,7 +1444,7 @@ class Model:
 
     def check_ids(self, ids: Iterable[int]) -> list[int]:
         """Ids as a list of int (NumPy's integers are welcome), each in the vocabulary."""
-        if isinstance(ids, (bytes, bytearray)) or not hasattr(ids, "__iter__"):
+        if isinstance(ids, (bytes, bytearray, memoryview)) or not hasattr(ids, "__iter__"):
             raise InputError(f"prompt: expected text or token ids, found {brief(ids)}")
         tokens = []
         size = self.config.vocab_size
@@ -2577,9 +2580,10 @@ def interact(model: Model, choices: dict[str, Any]) -> None:
         try:
             prompt = input("> ")
             if prompt:
+                fresh = model.session()
+                fresh.feed(prompt)
                 session.close()
-                session = model.session()
-                session.feed(prompt)
+                session = fresh
             for piece in session.stream(**choices):
                 print(piece, end="", flush=True)
             print("" if session.finish_reason != "context" else "\n[the context is full]")
@@ -2635,7 +2639,7 @@ def run_score(options: argparse.Namespace) -> None:
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
     }
-    figures = {name: None if math.isnan(value) else value for name, value in values.items()}
+    figures = {name: value if math.isfinite(value) else None for name, value in values.items()}
     if options.json:
         print(json.dumps({**figures, "ids": score.ids, "logprobs": score.logprobs}))
     else:

@@ -914,3 +914,37 @@ def test_the_loss_is_that_of_transformers(toy: Model) -> None:
     # Both are float32 forward passes, each right to about 1e-6 of logits that are about 10.
     assert -score.total / len(score.ids) == pytest.approx(loss, abs=2e-5)
     assert score.perplexity == pytest.approx(math.exp(loss), rel=2e-5)
+
+
+def cut_at_stop(text: str, stops: list[str]) -> str | None:
+    """By definition: read letter by letter, to where the first stop text is complete."""
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))]
+    return None
+
+
+def check_stop_filter(pieces: list[str], stops: list[str]) -> None:
+    stop_filter, text, given = tinygpt2.StopFilter(stops), "", ""
+    for piece in pieces:
+        text += piece
+        given += stop_filter.push(piece)
+        cut = cut_at_stop(text, stops)
+        assert stop_filter.stopped == (cut is not None)
+        if cut is not None:
+            assert given == cut
+            return
+        starts = [text[i:] for i in range(len(text))]
+        held = [start for start in starts if any(stop.startswith(start) for stop in stops)]
+        assert given == text[: len(text) - max(map(len, held), default=0)]
+    assert given + stop_filter.held == text
+
+
+def test_stop_texts_by_their_definition() -> None:
+    hypothesis = pytest.importorskip("hypothesis", reason="draws the texts")
+    st = hypothesis.strategies
+    texts = st.lists(st.text("ab", max_size=4), max_size=8)
+    stops = st.lists(st.text("ab", min_size=1, max_size=5), max_size=3)
+    settings = hypothesis.settings(derandomize=True, deadline=None, max_examples=300)
+    settings(hypothesis.given(texts, stops)(check_stop_filter))()
