@@ -2201,6 +2201,7 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
     are ConnectionError, a missing file is FileNotFoundError, all others are DownloadError.
     """
     import http.client
+    import socket  # its `timeout` is TimeoutError only from Python 3.10 on
     import urllib.error
     import urllib.parse
     import urllib.request
@@ -2245,7 +2246,7 @@ def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
         found = f"{url}: the server answered {error.code} {error.reason}"
         advice = "check the name; a private or gated model needs HF_TOKEN"
         raise DownloadError(f"{found} ({advice})") from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, socket.timeout) as error:
         reason = getattr(error, "reason", None) or error
         raise ConnectionError(f"no answer or a broken one: {reason}") from None
     except ValueError as error:  # an HF_ENDPOINT that is no URL

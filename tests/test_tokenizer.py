@@ -447,7 +447,6 @@ def test_long_word_takes_few_look_ups(gpt2: tinygpt2.Model, unit: str) -> None:
     ids = tokenizer.encode(word)
     assert tokenizer.count <= 3 * len(word.encode())
     assert tokenizer.decode(ids) == word
-    tokenizer.close()
 
 
 @pytest.mark.parametrize("unit", LONG_WORDS.values(), ids=LONG_WORDS)
