@@ -9,6 +9,7 @@ The weights and the converted file, 1 GB together, are kept in a folder that `--
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -88,7 +89,8 @@ def transformers_model(folder: Path) -> Any:
     except ImportError:
         return None
     torch.set_grad_enabled(False)
-    return transformers.GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True).eval()
+    model: Any = transformers.GPT2LMHeadModel.from_pretrained(folder, use_safetensors=True)
+    return model.eval()
 
 
 def transformers_step(model: Any) -> Step:
@@ -164,7 +166,7 @@ def main() -> None:
     options = parser.parse_args()
     make_files(options.folder)
     time_opening(options.folder / "gpt2.tg2", 2 * options.runs + 1)
-    with tinygpt2.TensorFile(options.folder / "model.safetensors") as file:
+    with contextlib.closing(tinygpt2.TensorFile(options.folder / "model.safetensors")) as file:
         weights = {name: file.array(name).copy() for name in file.tensors}
     model = tinygpt2.load(options.folder / "gpt2.tg2")
     programs: dict[str, Callable[[], Step]] = {
