@@ -134,19 +134,30 @@ def compare(programs: dict[str, Callable[[], Step]], n_prompt: int, n_new: int, 
         )
 
 
+def write_random(folder: str) -> None:
+    weights = conftest.random_weights(CONFIG)
+    small = {name: w * np.float32(0.1) for name, w in weights.items()}
+    conftest.write_checkpoint(Path(folder), CONFIG, small, tokenizer=False)
+
+
+def run_small(code: str, *arguments: str) -> None:
+    """Run code in a process of its own: a child's peak memory begins with its parent's."""
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", code, str(ROOT), here, *arguments], check=True)
+
+
 def make_files(folder: Path) -> None:
-    """The random checkpoint, and its conversion in a process of its own, timed."""
+    """The random checkpoint, and its conversion, timed."""
+    path = "import sys, time; sys.path[:0] = sys.argv[1:3]\n"
     if not (folder / "model.safetensors").exists():
-        weights = conftest.random_weights(CONFIG)
-        scaled = {name: (w * np.float32(0.1)) for name, w in weights.items()}
-        conftest.write_checkpoint(folder, CONFIG, scaled, tokenizer=False)
-    code = (
-        "import resource, sys, time; sys.path.insert(0, sys.argv[1]); import tinygpt2\n"
-        "start = time.perf_counter(); tinygpt2.convert(sys.argv[2], sys.argv[2] + '/gpt2.tg2')\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "print(f'convert: {time.perf_counter() - start:.1f} s, peak memory {peak:.0f} MiB')"
+        run_small(path + "import fallback; fallback.write_random(sys.argv[3])", str(folder))
+    run_small(
+        path + "import tinygpt2; start = time.perf_counter()\n"
+        "tinygpt2.convert(sys.argv[3], sys.argv[3] + '/gpt2.tg2')\n"
+        "seconds, peak = time.perf_counter() - start, tinygpt2.peak_memory()\n"
+        "print(f'convert: {seconds:.1f} s, peak memory with the mapped files {peak:.0f} MB')",
+        str(folder),
     )
-    subprocess.run([sys.executable, "-c", code, str(ROOT), str(folder)], check=True)
 
 
 def time_opening(path: Path, runs: int) -> None:
