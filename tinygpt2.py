@@ -537,7 +537,7 @@ GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 
 # The standard library's `re` has no \p{L} and \p{N}. Its \w and \d come near, so the same pattern
 # is matched on a shadow of the text, of the same length, in which the exceptions are replaced.
-SHADOW_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+"
+SHADOW_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d]+| ?\d+| ?[^\w\s]+|\s+(?!\S)|\s+"
 
 # Letters that Unicode got after version 13, the one that Python 3.9 knows, up to version 18.
 YOUNG_LETTERS = """
@@ -593,7 +593,7 @@ class ShadowCutter:
 
     def __init__(self) -> None:
         self.pattern = re.compile(SHADOW_WORDS)
-        self.ascii_shadow = dict.fromkeys(NOT_WHITE_SPACE, "!")
+        self.ascii_shadow = dict.fromkeys([*NOT_WHITE_SPACE, ord("_")], "!")
         self.full_shadow: dict[int, str] = {}  # filled when a text needs it
 
     def cut(self, text: str) -> Iterator[str]:
@@ -795,9 +795,9 @@ def import_numpy(threads: int | None = None) -> None:
         os.environ.update(dict.fromkeys(BLAS_THREADS, str(threads)))
     try:
         import numpy as np
-    except ImportError:
-        advice = "`pip install numpy`"
-        raise TinyGPT2Error(f"NumPy is needed to compute and is not installed: {advice}") from None
+    except ImportError as error:
+        advice = "`pip install numpy` installs it"
+        raise TinyGPT2Error(f"NumPy is needed to compute: {error} ({advice})") from None
 
 
 MANY_ROWS = 48  # measured: from here on copying panels together is faster
@@ -1226,10 +1226,11 @@ class Session:
 
     def rewind(self, n: int) -> None:
         """Forget the last `n` tokens."""
-        if not is_count(n) or n > len(self._tokens):
-            raise InputError(f"rewind: expected 0 to {len(self._tokens)} tokens, found {brief(n)}")
         with self._alone():
-            self._truncate(len(self._tokens) - n)
+            length = len(self._tokens)
+            if not is_count(n) or n > length:
+                raise InputError(f"rewind: expected 0 to {length} tokens, found {brief(n)}")
+            self._truncate(length - n)
 
     def generate(self, **options: Any) -> str:
         """The answer to what was fed so far. `options`: see `Options`."""
@@ -1237,13 +1238,13 @@ class Session:
 
     def stream(self, **options: Any) -> Iterator[str]:
         """The answer piece by piece; no piece ends inside a character or inside a stop text."""
-        return pieces_of(self.events(text=True, **options))
+        return pieces_of(self.events(True, options))
 
     def stream_ids(self, **options: Any) -> Iterator[int]:
         """The answer as token ids, those of a stop text included; works without a tokenizer."""
-        return ids_of(self.events(text=bool(options.get("stop")), **options))
+        return ids_of(self.events(bool(options.get("stop")), options))
 
-    def events(self, text: bool, **options: Any) -> Iterator[Event]:
+    def events(self, text: bool, options: dict[str, Any]) -> Iterator[Event]:
         """Each new token with the text that it releases; the text's rest comes without a token."""
         checked = check_options(options, self.model.config.vocab_size)
         tokenizer = self.model.need_tokenizer() if text else None
@@ -1331,14 +1332,18 @@ class Session:
     def _events(self, tokenizer: Tokenizer | None, options: Options) -> Iterator[Event]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         stops = StopFilter(options.stop)
+        if tokenizer:  # the bytes of a character that the text so far ends inside of
+            decoder.decode(b"".join(map(tokenizer.token_bytes, self._tokens[-4:])))
+        ended = True  # nothing of this answer is in the decoder yet
         for token in self._choices(options):
+            ended = False
             piece = stops.push(decoder.decode(tokenizer.token_bytes(token))) if tokenizer else ""
             if stops.stopped:
                 self.finish_reason = "stop"
             yield token, piece
             if stops.stopped:
                 return
-        piece = stops.push(decoder.decode(b"", final=True))
+        piece = "" if ended else stops.push(decoder.decode(b"", final=True))
         if stops.stopped:
             self.finish_reason = "stop"
         yield None, piece + stops.held
@@ -1347,8 +1352,8 @@ class Session:
         """Choose a token, append it, and so on: the loop that makes a language model talk."""
         seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
         random = SplitMix64(seed)
-        self.seed, self.finish_reason = seed, None
         with self._alone():
+            self.seed, self.finish_reason = seed, None
             self._begin()
             self._change += 1  # a stream that is open elsewhere ends here
             seen, change = set(self._tokens), self._change
@@ -1833,6 +1838,10 @@ def write_tg2(path: str, config: Config, data: Iterable[bytes], progress: Progre
     """Write the file beside its place, sync it, check it and move it there: all or nothing."""
     if "\0" in path:
         raise TinyGPT2Error(f"{path!a}: cannot write: a path with a null byte")
+    if os.path.isdir(path):
+        raise TinyGPT2Error(f"{path}: cannot write: Is a directory")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise TinyGPT2Error(f"{path}: cannot write: it is there and not a regular file")
     temporary = f"{path}.{os.getpid()}-{os.urandom(3).hex()}.tmp"
     try:
         with open(temporary, "xb") as file:
@@ -1852,9 +1861,10 @@ def write_tg2(path: str, config: Config, data: Iterable[bytes], progress: Progre
         with contextlib.closing(TensorFile(temporary)) as written:
             read_config(written)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         advice = "nothing was changed; free some space or choose another place"
-        raise TinyGPT2Error(f"{path}: cannot write: {error.strerror or error} ({advice})") from None
+        raise TinyGPT2Error(f"{path}: cannot write: {reason} ({advice})") from None
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -1907,10 +1917,10 @@ def read_vocabulary(folder: str) -> Vocabulary | None:
     tokenizer, vocab, merges = (
         os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json", "merges.txt")
     )
-    if os.path.exists(vocab) and os.path.exists(merges):
-        return read_vocabulary_files(folder, vocab, merges)
     if os.path.exists(tokenizer):
         return read_tokenizer_json(tokenizer)
+    if os.path.exists(vocab) and os.path.exists(merges):
+        return read_vocabulary_files(folder, vocab, merges)
     for name in ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"):
         path = os.path.join(folder, name)
         if os.path.exists(path):
@@ -1924,7 +1934,11 @@ def read_vocabulary_files(folder: str, vocab: str, merges: str) -> Vocabulary:
     """The files of GPT-2 itself and of transformers' slow tokenizers."""
     ids = checked_ids(vocab, read_json(vocab))
     ranks = number_merges(merges, ids, merge_lines(merges))
-    options = optional_json(os.path.join(folder, "tokenizer_config.json"))
+    path = os.path.join(folder, "tokenizer_config.json")
+    options = optional_json(path)
+    kind = options.get("tokenizer_class", "GPT2Tokenizer")
+    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+        raise FormatError(path, "tokenizer_class", "GPT2Tokenizer", brief(kind))
     prefix = options.get("add_prefix_space") is True
     return build_vocabulary(vocab, ids, ranks, added_tokens(folder), prefix)
 
@@ -2054,6 +2068,13 @@ def byte_alphabet() -> dict[str, int]:
 
 HUB = "https://huggingface.co"
 ATTEMPTS, PAUSE, TIMEOUT = 5, 0.4, 30  # tries; seconds before the second; seconds of silence
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+)
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -2087,19 +2108,21 @@ def download(
         raise DownloadError(
             f"{name}: HF_HUB_OFFLINE is set and it is not in the hub cache ({advice})"
         )
-    folder = os.fsdecode(out) + ".download"
+    label = f"{name}@{revision}".replace("/", "--")
+    folder = f"{os.fsdecode(out)}.{label}.download"
     endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
     base = f"{endpoint}/{name}/resolve/{revision.replace('/', '%2F')}/"
     try:
         os.makedirs(folder, exist_ok=True)
-        fetch_checkpoint(base, folder, progress)
+        fetched = fetch_checkpoint(base, folder, progress)
     except OSError as error:
         advice = f"what arrived is kept in {folder}; mend this and run the same again"
         raise DownloadError(f"{name}: {error.strerror or error} ({advice})") from None
     convert(folder, out, progress)
-    for entry in os.listdir(folder):
-        os.unlink(os.path.join(folder, entry))
-    os.rmdir(folder)
+    with contextlib.suppress(OSError):
+        for file in fetched:
+            os.unlink(os.path.join(folder, file))
+        os.rmdir(folder)
 
 
 def cached_snapshot(name: str, revision: str) -> str | None:
@@ -2134,24 +2157,28 @@ def is_complete(folder: str) -> bool:
     return False
 
 
-def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> None:
-    """Fetch what `convert` needs: the weights in one file or in shards, and the tokenizer."""
+def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> list[str]:
+    """Fetch what `convert` needs: the tokenizer, and the weights in one file or in shards."""
     import urllib.parse
+
+    fetched: list[str] = []
 
     def fetch(name: str, optional: bool = False) -> bool:
         url = base + urllib.parse.quote(name)
-        return fetch_file(url, os.path.join(folder, name), optional, progress)
+        found = fetch_file(url, os.path.join(folder, name), optional, progress)
+        if found:
+            fetched.append(name)
+        return found
 
     fetch("config.json")
     checkpoint_config(os.path.join(folder, "config.json"), None)  # before the weights are fetched
-    if not (fetch("vocab.json", optional=True) and fetch("merges.txt", optional=True)):
-        fetch("tokenizer.json", optional=True)
-    for name in ("tokenizer_config.json", "added_tokens.json"):
+    for name in TOKENIZER_FILES:
         fetch(name, optional=True)
     if not fetch(WEIGHTS, optional=True):
         fetch(WEIGHTS_INDEX)
         for shard in find_checkpoint(folder)[1]:
             fetch(os.path.basename(shard))
+    return fetched
 
 
 def fetch_file(url: str, path: str, optional: bool, progress: Progress | None) -> bool:
@@ -2178,6 +2205,8 @@ def fetch_file(url: str, path: str, optional: bool, progress: Progress | None) -
             failure = error
         except FileNotFoundError:
             if optional:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)  # of another revision
                 return False
             advice = "check the name; a private model needs HF_TOKEN"
             raise DownloadError(f"{url}: there is no such file ({advice})") from None
@@ -2355,7 +2384,7 @@ def flag_of(option: str) -> str:
 
 def drop_output() -> None:
     """What cannot be written must not be tried again when Python ends."""
-    if sys.stdout is not None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -2467,6 +2496,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print one JSON object, with every token"
     )
     command = add("info", run_info, "show what a .tg2 file holds")
+    command.add_argument("file", nargs="?", default=None, help="the same as --model")
     command.add_argument(
         "--model", metavar="FILE", help="a .tg2 file (default: the one that comes along)"
     )
@@ -2496,14 +2526,22 @@ def read_prompt(options: argparse.Namespace) -> Prompt | None:
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
         text = re.sub(r"\r?\n\Z", "", text)  # the one that ends a file or an echo
     if text is None or options.ids is None:
-        return text and text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return text and argument_text(text)
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise InputError(f"--ids: expected whole numbers, found {brief(text)}") from None
 
 
+def argument_text(text: str) -> str:
+    """An argument as UTF-8, whatever the locale took its bytes for."""
+    with contextlib.suppress(UnicodeEncodeError):
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return mend_surrogates(text)
+
+
 def run_generate(options: argparse.Namespace) -> None:
+    options.stop = [argument_text(text) for text in options.stop]
     prompt = read_prompt(options)
     if prompt is None and not (sys.stdin and sys.stdin.isatty()):
         raise InputError("no prompt: pass --prompt TEXT, or --prompt - to read standard input")
@@ -2524,7 +2562,7 @@ def answer(
     as_text = options.ids is None
     ids: list[int] = []
     pieces: list[str] = []
-    events = session.events(text=as_text or bool(options.stop), **choices)
+    events = session.events(as_text or bool(options.stop), choices)
     times = [time.perf_counter()]
     session.feed(prompt)
     n_prompt = len(session.tokens)
@@ -2587,7 +2625,9 @@ def interact(model: Model, choices: dict[str, Any]) -> None:
                 session = fresh
             for piece in session.stream(**choices):
                 print(piece, end="", flush=True)
-            print("" if session.finish_reason != "context" else "\n[the context is full]")
+            print()
+            if session.finish_reason == "context":
+                print("tinygpt2: stopped: the context is full", file=sys.stderr)
         except KeyboardInterrupt:
             print()
         except InputError as error:
@@ -2649,7 +2689,7 @@ def run_score(options: argparse.Namespace) -> None:
 
 def run_info(options: argparse.Namespace) -> None:
     """Print a file's configuration and tensors, and check its content if asked to."""
-    path = default_model() if options.model is None else options.model
+    path = options.file or options.model or default_model()
     with contextlib.closing(TensorFile(path)) as file:
         config = read_config(file)
         if options.verify:

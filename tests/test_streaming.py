@@ -61,7 +61,7 @@ def byte_tokens(toy: tinygpt2.Model, text: bytes) -> list[int]:
 
 def events(session: tinygpt2.Session, count: int, stop: Sequence[str] = ()) -> list[str]:
     """The text that each token releases, and last what comes without a token."""
-    chosen = session.events(text=True, temperature=0, max_new_tokens=count, stop=stop)
+    chosen = session.events(True, {"temperature": 0, "max_new_tokens": count, "stop": stop})
     return [piece for _, piece in chosen]
 
 

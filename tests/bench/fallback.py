@@ -68,7 +68,7 @@ class PlainNumpy:
 
     def mlp(self, x: Array, i: int) -> Array:
         x = self.linear(x, f"h.{i}.mlp.c_fc")
-        x = 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x**3)))
+        x = 0.5 * x * (1 + np.tanh(np.float32(np.sqrt(2 / np.pi)) * (x + 0.044715 * x * x * x)))
         return self.linear(x, f"h.{i}.mlp.c_proj")
 
     def feed(self, tokens: list[int]) -> Array:
