@@ -638,7 +638,11 @@ class Terminal:
     """The command line at a terminal of its own."""
 
     def __init__(self, *arguments: Argument) -> None:
-        spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        spawn = (
+            "import os, pty, signal, sys\n"
+            "signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job may ignore it\n"
+            "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-c", spawn, *command(*arguments)],
             stdin=subprocess.PIPE,

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -565,7 +566,11 @@ def test_default_model_tells_a_tale(tales: tinygpt2.Model) -> None:
 
 
 def test_default_model_has_read_tales(tales: tinygpt2.Model, data: Path) -> None:
-    """Bits per byte: 8 for random bytes, about 4.2 for letters by frequency alone."""
+    """A held-out book, unwrapped and with the quotes that the model knows.
+
+    This passage measures 1.52 bits per byte; letters by their frequency alone take about 4.2.
+    """
     text = (data / "corpus" / "peter-pan.txt").read_text("utf-8")
-    passage = text[20_000:22_000]
-    assert tales.score(passage).bits_per_byte < 2.2
+    quotes = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2014: "--"}
+    passage = re.sub(r"(?<!\n)\n(?!\n)", " ", text[20_000:40_000].translate(quotes))
+    assert tales.score(passage).bits_per_byte < 1.55
