@@ -13,13 +13,14 @@ The file reads from top to bottom as the story of one prompt:
     2. the file      safetensors: a header in JSON, then the numbers; mapped, never copied
     3. the model     its configuration, and the tensors that a .tg2 file must hold
     4. tokens        text to token ids and back: byte-level byte-pair encoding
-    5. forward       token ids to logits: the transformer itself, in NumPy
+    5. forward       token ids to logits: the transformer itself, in NumPy or in kernels.c
     6. choice        logits to the next token: temperature, top_k, top_p, min_p, a seed
     7. text          sessions and models: the loop that feeds each choice back
     8. conversion    checkpoints of the transformers library to .tg2, and how to fetch them
     9. command line
 
-Importing this module does nothing: NumPy itself is imported when a model is loaded.
+Importing this module does nothing. Where `python build.py` has made the kernels, a model runs in C
+and NumPy is imported only for the arrays that some methods return.
 
 Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019);
 Vaswani et al., "Attention Is All You Need" (2017); the names are those of GPT-2's checkpoints.
@@ -29,6 +30,7 @@ SPDX-License-Identifier: MIT
 
 from __future__ import annotations
 
+import array
 import bisect
 import codecs
 import contextlib
@@ -782,6 +784,8 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------------
 
 
+NOT_FINITE = "NaN or infinite logits"
+MAX_THREADS = 256
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -881,7 +885,7 @@ def attention_scores(q: Array, k: Array, scale: float) -> Array:
 
 
 class NumpyBackend:
-    """The forward pass in NumPy. A backend has a name, a chunk, `new_cache`, `forward`, no more.
+    """The forward pass in NumPy. What is public here is all that a backend has to have.
 
     It holds the weights, which never change; all that changes is in the cache, which belongs to
     one session. So one backend serves any number of sessions in any number of threads.
@@ -928,14 +932,18 @@ class NumpyBackend:
         """The logits after the last `n_logits` of `tokens`, float32 [n_logits, vocab_size].
 
         `tokens` stand at the positions from `start`; `cache` holds the keys and values of those
-        before, and takes up theirs.
+        before, and takes up theirs. Raises `NumericError` if the logits are not all finite.
         """
-        x = self.embed(np.asarray(tokens, np.int64), start)  # [T, n_embd]
-        for i, block in enumerate(self.blocks):
-            x = x + self.attention(i, block, self.norm(x, block, "ln_1"), cache[i], start)
-            x = x + self.mlp(block, self.norm(x, block, "ln_2"))
-        x = self.norm(x[len(x) - n_logits :], self.ln_f, "ln_f")  # [n_logits, n_embd]
-        return project(x, self.head, self.config.vocab_size)
+        with np.errstate(all="ignore"):  # damaged weights are an error below, not a warning
+            x = self.embed(np.asarray(tokens, np.int64), start)  # [T, n_embd]
+            for i, block in enumerate(self.blocks):
+                x = x + self.attention(i, block, self.norm(x, block, "ln_1"), cache[i], start)
+                x = x + self.mlp(block, self.norm(x, block, "ln_2"))
+            x = self.norm(x[len(x) - n_logits :], self.ln_f, "ln_f")  # [n_logits, n_embd]
+            logits = project(x, self.head, self.config.vocab_size)
+        if not np.isfinite(logits).all():
+            raise NumericError(NOT_FINITE)
+        return logits
 
     def embed(self, tokens: Array, start: int) -> Array:
         """What each token is, plus where it stands. A token is one column of one panel."""
@@ -971,6 +979,277 @@ class NumpyBackend:
         """Each token by itself: to n_inner, a bend, and back. [T, n_embd] -> [T, n_embd]"""
         hidden = linear(x, block["mlp.c_fc.weight"], block["mlp.c_fc.bias"])  # [T, n_inner]
         return linear(self.activation(hidden), block["mlp.c_proj.weight"], block["mlp.c_proj.bias"])
+
+    def logprobs(
+        self, cache: Array, tokens: Sequence[int], start: int, targets: Sequence[int]
+    ) -> list[float]:
+        """The log-probability of each target after the token in its place."""
+        logits = self.forward(cache, tokens, start, len(tokens))
+        top = logits.max(axis=-1, keepdims=True)
+        log_sum = np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64))
+        chosen = logits[np.arange(len(targets)), np.asarray(targets)] - top[:, 0]
+        result: list[float] = (chosen - log_sum).tolist()
+        return result
+
+    def choose(
+        self, cache: Array, logits: Array, seen: set[int], options: Options, random: SplitMix64
+    ) -> int:
+        """The token after these logits, which are those that the cache ends with."""
+        return choose(adjust(logits, seen, options), options, random)
+
+
+LIBRARY = {"win32": "tinygpt2_kernels.dll", "darwin": "tinygpt2_kernels.dylib"}.get(
+    sys.platform, "tinygpt2_kernels.so"
+)
+DONE, MORE, BUSY, _, NOT_ALL_FINITE = range(5)  # what the functions of kernels.c return
+LOGIT_ROWS = 48  # how many rows of logits a session in C holds at most
+
+
+def library_path() -> str | None:
+    """Where the kernels are: beside this file, where build.py and the wheel put them."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), LIBRARY)
+    return path if os.path.exists(path) else None
+
+
+def load_library(path: str) -> Any:
+    """The library that build.py makes of kernels.c, with all that is used of it declared."""
+    import ctypes as c
+
+    try:
+        library = c.CDLL(path)
+        library.tg_version.restype = c.c_char_p
+        version = library.tg_version().decode()
+    except (OSError, AttributeError) as error:
+        raise TinyGPT2Error(f"{path}: it cannot be loaded: {error}; {REBUILD}") from None
+    if version != __version__:
+        raise TinyGPT2Error(f"{path}: expected version {__version__}, found {version}; {REBUILD}")
+    pointer, number = c.c_void_p, c.c_int
+    for name, result, arguments in (
+        ("tg_isa_name", c.c_char_p, [c.c_char_p]),
+        ("tg_model_new", pointer, [c.c_char_p, pointer, pointer, c.c_char_p, number]),
+        ("tg_model_free", None, [pointer]),
+        ("tg_chunk", number, [pointer]),
+        ("tg_session_new", pointer, [pointer, number]),
+        ("tg_session_free", None, [pointer]),
+        ("tg_forward", number, [pointer, pointer, number, number]),
+        ("tg_logits", number, [pointer, number, number, c.POINTER(pointer)]),
+        ("tg_log_probability", c.c_double, [pointer, number, c.c_int32]),
+        ("tg_choose", c.c_int32, [pointer, c.c_char_p]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+REBUILD = "run `python build.py` again, delete the file, or use the backend 'numpy'"
+
+
+class Handle:
+    """What C has made, until Python forgets it; `owner` is what must live as long."""
+
+    def __init__(self, pointer: Any, free: Callable[[Any], None], owner: object = None) -> None:
+        self.pointer, self.free, self.owner = pointer, free, owner
+
+    def __del__(self) -> None:
+        self.free(self.pointer)
+
+
+def address_of(data: mmap.mmap) -> tuple[int, Handle]:
+    """Where a read-only map lies in memory, and what keeps it there."""
+    import ctypes as c
+
+    view = c.create_string_buffer(256)  # a Py_buffer, which begins with the address
+    c.pythonapi.PyObject_GetBuffer(c.py_object(data), view, 0)
+    address = c.c_void_p.from_buffer(view).value or 0
+    return address, Handle(view, c.pythonapi.PyBuffer_Release, data)
+
+
+class CBackend:
+    """The forward pass in kernels.c: the same public methods, the same bits on every machine."""
+
+    name = "c"
+
+    def __init__(self, file: TensorFile, config: Config, threads: int | None, path: str) -> None:
+        self.library = load_library(path)
+        self.config = config
+        self.threads = threads or default_threads()
+        if self.library.tg_isa_name(None) is None:
+            wanted = os.environ.get("TINYGPT2_ISA")
+            raise InputError(f"TINYGPT2_ISA: expected {self.isas()}, found {brief(wanted)}")
+        self.isa: str = self.library.tg_isa_name(None).decode()
+        offsets = [
+            file.tensors[name].start
+            for name, (dtype, _) in layout(config).items()
+            if dtype == "F32"
+        ]
+        sizes = struct.pack(
+            "@10if",
+            *(config.vocab_size, config.n_positions, config.n_embd, config.n_layer),
+            *(config.n_head, config.n_inner, ACTIVATIONS.index(config.activation_function)),
+            *(config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx),
+            *(config.tie_word_embeddings, config.layer_norm_epsilon),
+        )
+        address, weights = address_of(file.map)
+        places = struct.pack(f"@{len(offsets)}q", *offsets)
+        model = self.library.tg_model_new(sizes, address, places, None, self.threads)
+        if not model:
+            raise TinyGPT2Error("no memory for the table of the model's tensors")
+        self.model = Handle(model, self.library.tg_model_free, weights)
+        self.chunk: int = self.library.tg_chunk(model)
+
+    def isas(self) -> str:
+        """The names of the instruction sets that can be used here."""
+        names = ("avx512", "avx2", "neon", "portable")
+        return " or ".join(n for n in names if self.library.tg_isa_name(n.encode()))
+
+    def new_cache(self) -> Handle:
+        """A session of kernels.c: keys, values and scratch memory."""
+        session = self.library.tg_session_new(self.model.pointer, self.chunk)
+        if not session:
+            raise TinyGPT2Error("no memory for the keys and values of a session: close others")
+        return Handle(session, self.library.tg_session_free, self.model)
+
+    def run(self, cache: Handle, tokens: Sequence[int], start: int) -> None:
+        """Compute tokens up to the last layer, a fiftieth of a second at a time: between two calls
+        Python looks at signals, so that Ctrl-C ends a long prompt."""
+        import ctypes
+
+        ids = (ctypes.c_int32 * len(tokens))(*tokens)
+        status = self.library.tg_forward(cache.pointer, ids, len(tokens), start)
+        while status == MORE:
+            status = self.library.tg_forward(cache.pointer, None, 0, 0)
+        check_status(status)
+
+    def rows(self, cache: Handle, first: int, count: int) -> Any:
+        """The logits after some of those tokens, rows of floats that last until the next call."""
+        import ctypes
+
+        place = ctypes.c_void_p()
+        check_status(self.library.tg_logits(cache.pointer, first, count, place))
+        row = ctypes.c_float * round_up(self.config.vocab_size, PANEL)
+        rows = (row * count).from_address(place.value or 0)
+        rows.cache = cache  # type: ignore[attr-defined]  # its memory, as long as they are looked at
+        return rows
+
+    def forward(self, cache: Handle, tokens: Sequence[int], start: int, n_logits: int) -> Any:
+        """As in NumPy; a single row of logits is not an array but memory of the cache."""
+        self.run(cache, tokens, start)
+        first, size = len(tokens) - n_logits, self.config.vocab_size
+        if n_logits == 1:
+            return [memoryview(self.rows(cache, first, 1)[0])[:size]]
+        logits = np.empty((n_logits, size), np.float32)
+        for i in range(0, n_logits, LOGIT_ROWS):
+            count = min(LOGIT_ROWS, n_logits - i)
+            logits[i : i + count] = np.asarray(self.rows(cache, first + i, count))[:, :size]
+        return logits
+
+    def logprobs(
+        self, cache: Handle, tokens: Sequence[int], start: int, targets: Sequence[int]
+    ) -> list[float]:
+        """The log-probability of each target after the token in its place."""
+        self.run(cache, tokens, start)
+        result: list[float] = []
+        for i in range(0, len(targets), LOGIT_ROWS):
+            some = targets[i : i + LOGIT_ROWS]
+            self.rows(cache, i, len(some))
+            result += [
+                self.library.tg_log_probability(cache.pointer, row, target)
+                for row, target in enumerate(some)
+            ]
+        return result
+
+    def choose(
+        self, cache: Handle, logits: Any, seen: set[int], options: Options, random: SplitMix64
+    ) -> int:
+        """What `adjust` and `choose` of section 6 do, on the logits in the cache."""
+        biases = options.logit_bias or {}
+        tokens, values = array.array("i", biases), array.array("d", biases.values())
+        known = array.array("i", seen if options.repetition_penalty != 1 else ())
+        packed = struct.pack(
+            "@5d3P3i",
+            *(options.temperature, options.top_p, options.min_p, options.repetition_penalty),
+            random.uniform() if options.temperature else 0.0,
+            *(part.buffer_info()[0] for part in (values, tokens, known)),
+            *(min(options.top_k, len(logits)), len(tokens), len(known)),
+        )
+        token: int = self.library.tg_choose(cache.pointer, packed)
+        if token < 0:
+            raise InputError(EVERY_TOKEN)
+        return token
+
+
+Backend = Union[NumpyBackend, CBackend]
+BACKENDS = ("c", "numpy")
+
+
+def new_backend(
+    file: TensorFile, config: Config, wanted: str | None, threads: int | None
+) -> Backend:
+    """The backend that is wanted, or the fastest one there is."""
+    path = None if wanted == "numpy" else library_path()
+    if path is not None:
+        return CBackend(file, config, threads, path)
+    if wanted == "c":
+        advice = "`python build.py` makes it, with any C compiler"
+        raise TinyGPT2Error(f"backend c: no {LIBRARY} beside {__file__} ({advice})")
+    return NumpyBackend(file, config, threads)
+
+
+def check_status(status: int) -> None:
+    if status == BUSY:
+        raise StateError("session: in use by another thread; give each thread its own")
+    if status == NOT_ALL_FINITE:
+        raise NumericError(NOT_FINITE)
+    if status != DONE:
+        raise TinyGPT2Error(f"kernels: refused with status {status}; {REBUILD}")
+
+
+def default_threads() -> int:
+    """$TINYGPT2_THREADS, or else the processors that this process may use."""
+    wanted = os.environ.get("TINYGPT2_THREADS")
+    if not wanted:
+        return min(available_processors(), MAX_THREADS)
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= MAX_THREADS:
+        expected = f"a whole number from 1 to {MAX_THREADS}"
+        raise InputError(f"TINYGPT2_THREADS: expected {expected}, found {brief(wanted)}")
+    return int(wanted)
+
+
+def available_processors() -> int:
+    """Those of this process's affinity, or as many as its container's quota (cgroup) pays for."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    for quota, period in cgroup_quotas("/proc/self/cgroup", "/sys/fs/cgroup"):
+        count = min(count, max(1, math.ceil(quota / period)))
+    return count
+
+
+def cgroup_quotas(groups: str, root: str) -> Iterator[tuple[int, int]]:
+    """The (quota, period) pairs in microseconds of every control group that we are in."""
+    for line in read_text(groups).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):  # a quota of each group above counts too
+            folder = os.path.join(root, "cpu" if controllers else "", *parts[:depth])
+            if controllers:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                values = [read_text(os.path.join(folder, name)).strip() for name in names]
+            else:
+                values = read_text(os.path.join(folder, "cpu.max")).split()
+            if len(values) == 2 and all(value.isdecimal() and int(value) for value in values):
+                yield int(values[0]), int(values[1])
+
+
+def read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1064,6 +1343,9 @@ class SplitMix64:
         return ((z ^ (z >> 31)) >> 11) * 2.0**-53
 
 
+EVERY_TOKEN = "option logit_bias: it rules out every token"
+
+
 def adjust(logits: Array, seen: set[int], options: Options) -> Array:
     """The logits with the bias and the repetition penalty. float32 -> float64 [vocab_size]"""
     scores = logits.astype(np.float64)
@@ -1074,7 +1356,7 @@ def adjust(logits: Array, seen: set[int], options: Options) -> Array:
         s, penalty = scores[tokens], options.repetition_penalty
         scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
     if scores.max() == -np.inf:
-        raise InputError("option logit_bias: it rules out every token")
+        raise InputError(EVERY_TOKEN)
     return scores
 
 
@@ -1200,7 +1482,7 @@ class Session:
         self._tokens: list[int] = []
         self._n_cached = 0  # of them, how many the cache holds
         self._logits: Array = None  # after the last token, once they are computed
-        self._cache = model.backend.new_cache()
+        self._cache: Any = model.backend.new_cache()
         self._lock = threading.Lock()
         self._change = 0  # counts feeds and rewinds, so that an open stream notices them
         self._closed = False
@@ -1213,8 +1495,9 @@ class Session:
     @property
     def logits(self) -> Array:
         """The logits that follow the last token, float32 [vocab_size], as a new array."""
+        import_numpy()
         with self._alone():
-            return self._last_logits().copy()
+            return np.array(self._last_logits())
 
     def feed(self, prompt: Prompt) -> None:
         """Append text or token ids and compute them."""
@@ -1312,22 +1595,30 @@ class Session:
             self._logits = logits = logits[0]
         return logits
 
-    def _advance(self, n_logits: int) -> Array:
-        """Compute the next chunk; the logits after its last tokens, all finite."""
-        backend, cache = self.model.backend, self._cache
+    def _open_cache(self) -> Any:
+        cache = self._cache
         if cache is None:  # closed by another thread just now
             raise StateError(CLOSED)
+        return cache
+
+    def _advance(self, n_logits: int, targets: Sequence[int] | None = None) -> Array:
+        """Compute the next chunk; the logits after its last tokens, or the targets' logprobs."""
+        backend, cache = self.model.backend, self._open_cache()
         start = self._n_cached
         tokens = self._tokens[start : start + backend.chunk]
-        with np.errstate(all="ignore"):  # damaged weights are an error below, not a warning
-            logits = backend.forward(cache, tokens, start, min(n_logits, len(tokens)))
-        if not np.isfinite(logits).all():
+        stop = start + len(tokens)
+        try:
+            if targets is None:
+                result = backend.forward(cache, tokens, start, min(n_logits, len(tokens)))
+            else:
+                result = backend.logprobs(cache, tokens, start, targets[start:stop])
+        except NumericError as error:
             raise NumericError(
-                f"{self.model.path}: NaN or infinite logits by position {start + len(tokens) - 1}: "
+                f"{self.model.path}: {error} by position {stop - 1}: "
                 "the weights are damaged (`info --verify` checks a file) or out of float32's range"
-            )
-        self._n_cached = start + len(tokens)
-        return logits
+            ) from None
+        self._n_cached = stop
+        return result
 
     def _events(self, tokenizer: Tokenizer | None, options: Options) -> Iterator[Event]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -1364,7 +1655,9 @@ class Session:
                 if self._is_full():
                     self.finish_reason = "context"
                     return
-                token = choose(adjust(self._last_logits(), seen, options), options, random)
+                logits = self._last_logits()
+                cache = self._open_cache()
+                token = self.model.backend.choose(cache, logits, seen, options, random)
                 if token == self.model.config.eos_token_id:
                     self.finish_reason = "end"
                     return
@@ -1389,10 +1682,11 @@ class Model:
     """A mapped .tg2 file, its tokenizer and its backend. Shared by any number of sessions."""
 
     def __init__(self, path: Path, backend: str | None, threads: int | None) -> None:
-        if backend not in (None, "numpy"):
-            raise InputError(f"backend: expected None or 'numpy', found {brief(backend)}")
-        if threads is not None and (not is_count(threads) or threads < 1):
-            raise InputError(f"threads: expected None or a number from 1, found {brief(threads)}")
+        if backend not in (None, *BACKENDS):
+            raise InputError(f"backend: expected None or one of {BACKENDS}, found {brief(backend)}")
+        if threads is not None and not (is_count(threads) and 1 <= threads <= MAX_THREADS):
+            expected = f"None or a number from 1 to {MAX_THREADS}"
+            raise InputError(f"threads: expected {expected}, found {brief(threads)}")
         if not isinstance(path, (str, os.PathLike)):
             raise InputError(f"path: expected the path of a .tg2 file, found {brief(path)}")
         if sys.byteorder != "little":
@@ -1403,7 +1697,7 @@ class Model:
             self.config = read_config(self.file)
             has_tokenizer = self.config.n_merges is not None
             self.tokenizer = Tokenizer(self.file, self.config) if has_tokenizer else None
-            self._backend: NumpyBackend | None = NumpyBackend(self.file, self.config, threads)
+            self._backend: Backend | None = new_backend(self.file, self.config, backend, threads)
         except TinyGPT2Error:
             self.file.close()
             raise
@@ -1416,7 +1710,7 @@ class Model:
         return config.bos_token_id if config.eos_token_id is None else config.eos_token_id
 
     @property
-    def backend(self) -> NumpyBackend:
+    def backend(self) -> Backend:
         """What computes."""
         backend = self._backend
         if backend is None:
@@ -1495,12 +1789,15 @@ class Model:
     def logits(self, prompt: Prompt) -> Array:
         """The logits after every token, float32 [len(ids), vocab_size]."""
         import_numpy()
-        with self.session() as session:
-            tokens = self.tokens_of(prompt)
-            chunks = list(session_logits(session, tokens))
-        return (
-            np.concatenate(chunks) if chunks else np.empty((0, self.config.vocab_size), np.float32)
-        )
+        tokens = self.tokens_of(prompt)
+        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
+        with self.session() as session, session._alone():
+            session._append(tokens)
+            while session._n_cached < len(tokens):
+                start = session._n_cached
+                rows = session._advance(len(tokens))
+                logits[start : session._n_cached] = rows
+        return logits
 
     def score(self, prompt: Prompt, progress: Progress | None = None) -> Score:
         """The log-probability of every token of a text of any length.
@@ -1528,14 +1825,10 @@ class Model:
     def _window_logprobs(self, tokens: list[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it."""
         logprobs: list[float] = []
-        with self.session() as session:
-            for logits in session_logits(session, tokens[:-1]):  # [chunk, vocab_size]
-                done = len(logprobs)
-                targets = np.asarray(tokens[done + 1 : done + 1 + len(logits)])
-                top = logits.max(axis=-1, keepdims=True)
-                log_sum = np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64))
-                chosen = logits[np.arange(len(targets)), targets] - top[:, 0]
-                logprobs += (chosen - log_sum).tolist()
+        with self.session() as session, session._alone():
+            session._append(tokens[:-1])
+            while len(logprobs) < len(tokens) - 1:
+                logprobs += session._advance(0, tokens[1:])
         return logprobs
 
     def _byte_count(self, prompt: Prompt, ids: list[int]) -> int | None:
@@ -1557,22 +1850,15 @@ class Model:
         self.close()
 
 
-def session_logits(session: Session, tokens: list[int]) -> Iterator[Array]:
-    """Feed tokens to a new session; the logits after every one, a chunk at a time."""
-    with session._alone():
-        session._append(tokens)
-        while session._n_cached < len(session._tokens):
-            yield session._advance(1 << 30)
-
-
 def load(
     path: Path | None = None, *, backend: str | None = None, threads: int | None = None
 ) -> Model:
     """Open a .tg2 file, or the default model if none is named.
 
     Takes milliseconds: the file is mapped, not read. Raises `FormatError` if it is not a good one.
-    `backend` is what computes: None takes the fastest there is, "numpy" is always there. `threads`
-    is how many processors it may use; NumPy takes it only if this call is what imports NumPy.
+    `backend` is what computes: "c" (the kernels that build.py makes), "numpy", or None for the
+    fastest there is. `threads` is how many processors it may use, $TINYGPT2_THREADS or all if
+    None; NumPy takes it only if this call is what imports NumPy.
     """
     return Model(default_model() if path is None else path, backend, threads)
 
@@ -2441,7 +2727,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="FILE", help="a .tg2 file (default: the one that comes along)"
     )
     parser.add_argument(
-        "--backend", choices=["numpy"], help="what computes (default: the fastest there)"
+        "--backend", choices=BACKENDS, help="what computes (default: the fastest there)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
 

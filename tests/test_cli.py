@@ -390,14 +390,29 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_without_numpy_it_says_what_to_install(toy_path: Path, tmp_path: Path) -> None:
-    def run_without(*arguments: Argument) -> Result:
-        return run_command([sys.executable, "-c", WITHOUT_NUMPY, SCRIPT, *arguments])
+def run_without_numpy(*arguments: Argument) -> Result:
+    return run_command([sys.executable, "-c", WITHOUT_NUMPY, SCRIPT, *arguments])
 
-    check_failure(run_without("--model", toy_path, "--prompt", "a"), 1, "pip install numpy")
+
+def test_without_numpy_it_says_what_to_install(toy_path: Path, tmp_path: Path) -> None:
+    run_without, numpy = run_without_numpy, ("--backend", "numpy")
+    result = run_without("--model", toy_path, "--prompt", "a", *numpy)
+    check_failure(result, 1, "pip install numpy")
     check_failure(run_without("convert", tmp_path, "-o", tmp_path / "x"), 1, "pip install numpy")
     assert run_without("info", "--verify", "--model", toy_path).code == 0
     assert run_without("--help").code == 0
+
+
+@pytest.mark.skipif(tinygpt2.library_path() is None, reason="needs the kernels")
+@pytest.mark.parametrize("options", [(), ("--temperature", "0"), ("--top-k", "0", "--json")])
+def test_the_kernels_need_no_numpy(toy_path: Path, options: tuple[str, ...]) -> None:
+    asked: list[Argument] = ["--model", toy_path, "--prompt", "a", "--seed", "1", *options]
+    with_numpy, without = run(*asked), run_without_numpy(*asked)
+    assert (without.code, without.err) == (0, "")
+    if "--json" not in options:  # its figures differ
+        assert without.out == with_numpy.out
+    score = run_without_numpy("score", "--model", toy_path, "--prompt", "abc")
+    assert score.code == 0
 
 
 # Streams that are closed, full or cut off

@@ -1,0 +1,558 @@
+"""build.py: what it compiles, what it says when it cannot, and the wheels that pip makes with it.
+
+The compilers are real. Where only their handling is tested they compile a small project, a copy of
+build.py beside a tinygpt2.py and a kernels.c of a few lines, since it is faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import ROOT
+
+import tinygpt2
+
+VARIABLES = ("CC", "CFLAGS", "LDFLAGS", "TINYGPT2_PURE", "TINYGPT2_ISA")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+LIBRARY = "tinygpt2_kernels.dylib" if sys.platform == "darwin" else "tinygpt2_kernels.so"
+ZIG = f"{shlex.quote(sys.executable)} -m ziglang cc"
+EM_AARCH64 = 183
+SMALL_MODULE = """\
+__version__ = "4.5.6"
+
+
+def answer(question: int) -> int:
+    return question + 40
+"""
+SMALL_KERNELS = """\
+#include <stddef.h>
+#define EXPORT __attribute__((visibility("default")))
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#ifdef TG_ISA
+int JOIN(sum_, TG_ISA)(void) { return 0; }
+#else
+EXPORT const char *tg_isa_name(const char *wanted);
+EXPORT const char *tg_version(void);
+const char *tg_isa_name(const char *wanted) { return wanted == NULL ? "fastest" : NULL; }
+const char *tg_version(void) { return TG_VERSION; }
+#ifdef TG_STANDALONE
+#include <stdio.h>
+int main(void) { return puts("alone " TG_VERSION) < 0; }
+#endif
+#endif
+"""
+
+
+def load_build() -> Any:
+    """By its path: `import build` might be another package of that name."""
+    spec = importlib.util.spec_from_file_location("tinygpt2_build", ROOT / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run(command: list[object], environ: Mapping[str, str], cwd: Path | None = None) -> Result:
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**ENVIRONMENT, **environ},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_build(
+    folder: Path, *arguments: object, python: Path | str = sys.executable, **environ: str
+) -> Result:
+    return run([python, folder / "build.py", *arguments], environ)
+
+
+def is_there(compiler: str) -> bool:
+    if compiler == "ziglang":
+        return importlib.util.find_spec("ziglang") is not None
+    return shutil.which(compiler) is not None
+
+
+def needs(compiler: str) -> Any:
+    return pytest.param(
+        compiler, marks=pytest.mark.skipif(not is_there(compiler), reason=f"needs {compiler}")
+    )
+
+
+needs_cc = pytest.mark.skipif(not is_there("cc"), reason="needs a C compiler called cc")
+needs_ziglang = pytest.mark.skipif(not is_there("ziglang"), reason="needs the package ziglang")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def write_script(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]), "utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def library(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    for function in (loaded.tg_isa_name, loaded.tg_version):
+        function.restype = ctypes.c_char_p
+    loaded.tg_isa_name.argtypes = [ctypes.c_char_p]
+    return loaded
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    folder = tmp_path / "small project"
+    folder.mkdir()
+    shutil.copy(ROOT / "build.py", folder)
+    (folder / "tinygpt2.py").write_text(SMALL_MODULE, "utf-8")
+    (folder / "kernels.c").write_text(SMALL_KERNELS, "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python without packages, and so without ziglang and mypyc."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+# The library
+
+
+@pytest.mark.parametrize("compiler", [needs("gcc"), needs("clang"), needs("ziglang")])
+def test_the_kernels(tmp_path: Path, compiler: str) -> None:
+    result = run_build(ROOT, "--output", tmp_path, CC=ZIG if compiler == "ziglang" else compiler)
+    assert (result.code, result.err) == (0, "")
+    assert names(tmp_path) == {LIBRARY}
+    kernels = library(tmp_path / LIBRARY)
+    assert kernels.tg_version().decode() == tinygpt2.__version__
+    assert kernels.tg_isa_name(b"portable") == b"portable"
+    assert kernels.tg_isa_name(b"abacus") is None
+    assert f"chosen    {kernels.tg_isa_name(None).decode()} on this machine" in result.out
+    assert f"{(tmp_path / LIBRARY).stat().st_size:,} bytes" in result.out
+
+
+@pytest.mark.skipif(not is_there("aarch64-linux-gnu-gcc"), reason="needs aarch64-linux-gnu-gcc")
+def test_the_kernels_for_another_architecture(tmp_path: Path) -> None:
+    result = run_build(ROOT, "--output", tmp_path, CC="aarch64-linux-gnu-gcc")
+    assert (result.code, result.err) == (0, "")
+    assert "contains  neon, portable\n" in result.out
+    header = (tmp_path / "tinygpt2_kernels.so").read_bytes()[:20]
+    assert header[:4] == b"\x7fELF"
+    assert int.from_bytes(header[18:20], "little") == EM_AARCH64
+    if platform.machine() == "x86_64":
+        assert "chosen    nothing: this machine cannot load it" in result.out
+
+
+@needs_cc
+def test_only_the_interface_is_exported(tmp_path: Path) -> None:
+    if not is_there("nm"):
+        pytest.skip("needs nm")
+    assert run_build(ROOT, "--output", tmp_path).code == 0
+    lines = run(["nm", "-D", "--defined-only", tmp_path / LIBRARY], {}).out.splitlines()
+    exported = {line.split()[-1].lstrip("_") for line in lines}
+    assert {name for name in exported if not name.startswith("tg_")} <= {"init", "fini"}
+    assert {"tg_isa_name", "tg_version"} <= exported
+
+
+@needs_cc
+def test_it_says_what_it_built(small: Path) -> None:
+    result = run_build(small)
+    first, second, third, last = result.out.splitlines()
+    assert first.startswith(f"built     {small / LIBRARY}, ")
+    assert second.startswith("compiler  ")
+    assert third == f"contains  {', '.join(build.find_compiler().instruction_sets)}"
+    assert last == "chosen    fastest on this machine"
+    assert library(small / LIBRARY).tg_version() == b"4.5.6"
+
+
+# The compiler
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"), [("cc gcc clang", "cc"), ("clang gcc", "gcc"), ("clang", "clang")]
+)
+def test_the_first_compiler_on_the_path(
+    small: Path, tmp_path: Path, there: str, chosen: str
+) -> None:
+    if not is_there("cc"):
+        pytest.skip("needs a C compiler called cc")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in there.split():
+        write_script(folder / name, f'PATH="{ENVIRONMENT["PATH"]}" exec cc "$@"')
+    result = run_build(small, PATH=str(folder))
+    assert f"compiler  {folder / chosen}: " in result.out
+
+
+@needs_ziglang
+def test_the_package_ziglang_where_no_compiler_is_on_the_path(small: Path, tmp_path: Path) -> None:
+    result = run_build(small, PATH=str(tmp_path))
+    assert (result.code, result.err) == (0, "")
+    assert " -m ziglang cc: " in result.out
+    assert "fastest on this machine" in result.out
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 machine code")
+@pytest.mark.skipif(not is_there("objdump"), reason="needs objdump")
+@pytest.mark.parametrize("compiler", [needs("gcc"), needs("clang"), needs("ziglang")])
+def test_portable_code_is_for_every_x86(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setenv("CC", ZIG if compiler == "ziglang" else compiler)
+    objects = build.compile_objects(build.find_compiler(), tmp_path)
+    assert {path.name for path in objects} == {"avx512.o", "avx2.o", "portable.o", "common.o"}
+    for path in objects:
+        code = run(["objdump", "-d", path], {}).out
+        assert ("%ymm" in code or "%zmm" in code) == path.name.startswith("avx"), path.name
+        assert "%zmm" not in code or path.name == "avx512.o", path.name
+
+
+@needs_cc
+def test_flags_of_the_user_and_the_order_of_all(small: Path, tmp_path: Path) -> None:
+    """$CC may have arguments; $CFLAGS comes after our flags, and the contract after all."""
+    log = tmp_path / "log"
+    script = write_script(tmp_path / "my cc", f"echo \"$@\" >>'{log}'", 'exec cc "$@"')
+    given = {"CC": f"'{script}' -DONE", "CFLAGS": "-O1 '-DTWO=a b'", "LDFLAGS": "-DTHREE"}
+    assert run_build(small, "--sanitize", "undefined", **given).code == 0
+    lines = [line for line in log.read_text("utf-8").splitlines() if " -o " in line]
+    assert len(lines) == len(build.find_compiler().instruction_sets) + 2
+    for line in lines:
+        parts = ["-DONE", "-std=c11", "-fsanitize=undefined", "-O1 -DTWO=a b", "-ffp-contract=off"]
+        places = [line.index(part) for part in parts]
+        assert places == sorted(places)
+        assert line.index("-fno-fast-math") > line.index("-DTWO")
+    assert ["-DTHREE" in line for line in lines] == ["-shared" in line for line in lines]
+    assert sum("TG_ISA" in line for line in lines) == len(lines) - 2
+
+
+ARITHMETIC = """\
+#include <float.h>
+float fused(float a, float b, float c) { return a * b + c; }
+float reordered(float a, float b) { return a + b - a; }
+float halved(float a) { return a / 2; }
+"""
+
+
+@pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations"])
+@pytest.mark.parametrize("compiler", [needs("gcc"), needs("clang"), needs("ziglang")])
+def test_no_flags_of_the_user_change_the_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, flag: str
+) -> None:
+    source = tmp_path / "arithmetic.c"
+    source.write_text(ARITHMETIC, "utf-8")
+    monkeypatch.setenv("CC", ZIG if compiler == "ziglang" else compiler)
+    monkeypatch.setenv("CFLAGS", f"{flag} -ffp-contract=fast -march=native")
+    chosen = build.find_compiler()
+    target = tmp_path / "arithmetic.so"
+    build.link(chosen, [source], target, ["-shared", "-fvisibility=default"])
+    code = """
+import ctypes, sys
+def function(name, *arguments):
+    f = getattr(ctypes.CDLL(sys.argv[1]), name)
+    f.restype, f.argtypes = ctypes.c_float, [ctypes.c_float] * len(arguments)
+    return f(*arguments)
+print(function("fused", 1 + 2**-12, 1 + 2**-12, -1 - 2**-11), function("reordered", 1e8, 1))
+print(function("halved", 2.0**-140) == 2.0**-141)
+"""
+    assert run([sys.executable, "-c", code, target], {}).out == "0.0 0.0\nTrue\n"
+
+
+# What cannot be built
+
+
+def failing(
+    small: Path, *arguments: object, python: Path | str = sys.executable, **environ: str
+) -> str:
+    """The message of a build that fails; what was there before must not be touched."""
+    (small / LIBRARY).write_bytes(b"the old one")
+    before = names(small)
+    result = run_build(small, *arguments, python=python, **environ)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("build.py: error: ")
+    assert names(small) == before
+    assert (small / LIBRARY).read_bytes() == b"the old one"
+    return result.err
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"CC": "false"}, "false -dumpmachine\nfailed with exit code 1\n"),
+        ({"CC": "true"}, "true is no C compiler like gcc or clang"),
+        ({"CC": "no-such-compiler -O2"}, "cannot run no-such-compiler: No such file or directory"),
+        ({"CFLAGS": "-no-such-flag"}, "-no-such-flag"),
+        ({"CFLAGS": "-include no-such-file.h"}, "no-such-file.h"),
+        ({"LDFLAGS": "-lno-such-library"}, "-lno-such-library"),
+    ],
+    ids=str,
+)
+@needs_cc
+def test_a_failed_compile(small: Path, environ: dict[str, str], words: str) -> None:
+    message = failing(small, **environ)
+    assert words in message
+    assert "CC=clang" in message
+    assert "tinygpt2.py computes in NumPy" in message
+
+
+@pytest.mark.parametrize("name", ["CC", "CFLAGS", "LDFLAGS"])
+@needs_cc
+def test_a_variable_with_an_open_quotation(small: Path, name: str) -> None:
+    assert failing(small, **{name: "-O2 'x"}).endswith(f"${name} is -O2 'x: No closing quotation\n")
+
+
+def test_the_compilers_message_is_shown(small: Path, tmp_path: Path) -> None:
+    script = write_script(
+        tmp_path / "broken", 'case "$1" in -dumpmachine|--version) echo x86_64-linux-gnu; exit;;',
+        "esac", "echo kernels.c:7: error: the disk is full of eels >&2", "exit 3",
+    )  # fmt: skip
+    message = failing(small, CC=str(script))
+    assert "kernels.c:7: error: the disk is full of eels\nfailed with exit code 3\n" in message
+
+
+@needs_cc
+def test_an_error_in_the_source(small: Path) -> None:
+    (small / "kernels.c").write_text("int f(void) { return oops; }\n", "utf-8")
+    assert "oops" in failing(small)
+
+
+@pytest.mark.parametrize("name", ["kernels.c", "tinygpt2.py"])
+@needs_cc
+def test_a_source_is_missing(small: Path, name: str) -> None:
+    (small / name).unlink()
+    assert name in failing(small)
+
+
+@needs_cc
+def test_no_version(small: Path) -> None:
+    (small / "tinygpt2.py").write_text("version = 3\n", "utf-8")
+    assert 'tinygpt2.py has no line __version__ = "..."' in failing(small)
+
+
+def test_no_compiler(small: Path, tmp_path: Path, bare_python: Path) -> None:
+    message = failing(small, python=bare_python, PATH=str(tmp_path))
+    assert "no C compiler found" in message
+    for word in ("apt install", "dnf install", "apk add", "xcode-select", "pip install ziglang"):
+        assert word in message
+    assert "tinygpt2.py computes in NumPy" in message
+
+
+@needs_cc
+def test_a_folder_that_cannot_be_written(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    assert "file" in failing(small, "--output", tmp_path / "file" / "folder")
+
+
+@needs_cc
+def test_a_new_library_leaves_the_old_one_to_who_uses_it(small: Path) -> None:
+    run_build(small)
+    old = library(small / LIBRARY)
+    with open(small / LIBRARY, "rb") as file:
+        before = file.read()
+        (small / "tinygpt2.py").write_text(SMALL_MODULE.replace("4.5.6", "7.8.9"), "utf-8")
+        run_build(small)
+        file.seek(0)
+        assert file.read() == before
+    assert old.tg_version() == b"4.5.6"
+    assert b"7.8.9" in (small / LIBRARY).read_bytes()
+    assert stat.S_IMODE((small / LIBRARY).stat().st_mode) & 0o555 == 0o555
+
+
+# The command, the compiled module, cleaning up
+
+
+@needs_cc
+def test_standalone(small: Path, tmp_path: Path) -> None:
+    result = run_build(small, "--standalone", "--output", tmp_path / "new" / "folder")
+    assert (result.code, result.err) == (0, "")
+    assert names(tmp_path / "new" / "folder") == {"tinygpt2"}
+    command = tmp_path / "new" / "folder" / "tinygpt2"
+    assert f"run it    {command} MODEL.tg2" in result.out
+    assert run([command], {}) == (0, "alone 4.5.6\n", "")
+
+
+def test_mypyc(small: Path) -> None:
+    pytest.importorskip("mypyc", reason="compiles with mypyc")
+    pytest.importorskip("setuptools", reason="mypyc compiles with setuptools")
+    before = names(small)
+    result = run_build(small, "--mypyc")
+    assert (result.code, result.err) == (0, "")
+    module = f"tinygpt2{sysconfig.get_config_var('EXT_SUFFIX')}"
+    assert names(small) - before == {module}
+    assert "after an edit" in result.out
+    code = "import tinygpt2; print(tinygpt2.__file__, tinygpt2.answer(2))"
+    assert run([sys.executable, "-c", code], {}, small).out == f"{small / module} 42\n"
+
+
+def test_mypyc_is_not_installed(small: Path, bare_python: Path) -> None:
+    message = failing(small, "--mypyc", python=bare_python)
+    assert message == ("build.py: error: mypyc is not installed: pip install mypy setuptools\n")
+
+
+def test_clean(small: Path, tmp_path: Path) -> None:
+    sources = names(small)
+    built = [LIBRARY, "tinygpt2", "tinygpt2.cpython-39-x86_64-linux-gnu.so", "tinygpt2.cp39.pyd"]
+    for name in built:
+        (small / name).write_bytes(b"")
+    assert run_build(small, "--clean", "--output", tmp_path).out.startswith("removed   nothing")
+    result = run_build(small, "--clean")
+    assert result.code == 0
+    assert all(str(small / name) in result.out for name in built)
+    assert names(small) == sources
+    assert run_build(small, "--clean") == (0, "removed   nothing: nothing was built\n", "")
+
+
+@pytest.mark.parametrize("flags", [["--clean", "--mypyc"], ["--standalone", "--mypyc"], ["all"]])
+def test_wrong_usage(small: Path, flags: list[str]) -> None:
+    result = run_build(small, *flags)
+    assert (result.code, result.out) == (2, "")
+    assert "usage: build.py" in result.err
+
+
+# The wheel
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of what a wheel is made of, with the small kernels."""
+    pytest.importorskip("hatchling", reason="makes wheels with hatchling")
+    folder = tmp_path / "project"
+    (folder / "vendor").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "build.py", "tinygpt2.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "vendor" / "tales.tg2").write_bytes(b"a model")
+    (folder / "kernels.c").write_text(SMALL_KERNELS, "utf-8")
+    return folder
+
+
+def make_wheel(project: Path, **environ: str) -> tuple[Path, str]:
+    """The wheel that pip makes, and what it prints meanwhile."""
+    pytest.importorskip("pip", reason="makes wheels with pip")
+    out = project.parent / "wheels"
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    result = run([*command, "--wheel-dir", out, project], environ)
+    assert result.code == 0, result.err
+    (wheel,) = out.iterdir()
+    return wheel, result.out + result.err
+
+
+def contents(wheel: Path) -> tuple[set[str], str]:
+    """The files beside the metadata, and the file WHEEL."""
+    with zipfile.ZipFile(wheel) as archive:
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
+        return files, archive.read(f"tinygpt2-{tinygpt2.__version__}.dist-info/WHEEL").decode()
+
+
+@needs_cc
+def test_a_wheel_with_the_kernels(project: Path) -> None:
+    (project / LIBRARY).write_bytes(b"a library that was built before")
+    wheel, _ = make_wheel(project)
+    tag = f"py3-none-{build.platform_tag(build.find_compiler())}"
+    assert wheel.name == f"tinygpt2-{tinygpt2.__version__}-{tag}.whl"
+    files, description = contents(wheel)
+    assert files == {"tinygpt2.py", LIBRARY, "tinygpt2_data/tales.tg2"}
+    assert f"Tag: {tag}\n" in description
+    assert "Root-Is-Purelib: false\n" in description
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(LIBRARY, project.parent)
+    assert library(project.parent / LIBRARY).tg_version().decode() == tinygpt2.__version__
+    assert (project / LIBRARY).read_bytes() == b"a library that was built before"
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"CC": "no-such-compiler"}, "cannot run no-such-compiler"),
+        ({"CC": "false"}, "failed with exit code 1"),
+        ({"TINYGPT2_PURE": "1"}, "TINYGPT2_PURE=1"),
+    ],
+    ids=str,
+)
+def test_a_pure_wheel(project: Path, environ: dict[str, str], words: str) -> None:
+    wheel, said = make_wheel(project, **environ)
+    assert wheel.name == f"tinygpt2-{tinygpt2.__version__}-py3-none-any.whl"
+    files, description = contents(wheel)
+    assert files == {"tinygpt2.py", "tinygpt2_data/tales.tg2"}
+    assert "Root-Is-Purelib: true\n" in description
+    assert "without the C kernels" in said
+    assert words in said
+
+
+@pytest.mark.parametrize("compiler", ["cc", "no-such-compiler"])
+def test_an_editable_install(project: Path, compiler: str) -> None:
+    """As pip asks hatchling for it."""
+    pytest.importorskip("editables", reason="hatchling makes editable installs with it")
+    out = project.parent / "out"
+    out.mkdir()
+    code = "import hatchling.build, sys; hatchling.build.build_editable(sys.argv[1])"
+    result = run([sys.executable, "-c", code, out], {"CC": compiler}, project)
+    assert result.code == 0, result.err
+    (wheel,) = out.iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert LIBRARY not in contents(wheel)[0]
+    assert (project / LIBRARY).exists() == (is_there(compiler))
+
+
+def test_a_source_distribution_has_what_builds_it(project: Path) -> None:
+    (project / LIBRARY).write_bytes(b"")
+    (project / "tinygpt2").write_bytes(b"")
+    out = project.parent / "out"
+    result = run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", out], {}, project
+    )
+    assert result.code == 0, result.err
+    (path,) = out.iterdir()
+    with tarfile.open(path) as archive:
+        files = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {"build.py", "kernels.c", "tinygpt2.py", "vendor/tales.tg2", "pyproject.toml"} <= files
+    assert not files & {LIBRARY, "tinygpt2"}
+
+
+@pytest.mark.parametrize(
+    ("target", "macos", "tag"),
+    [
+        ("x86_64-linux-gnu", "", "linux_x86_64"),
+        ("x86_64-alpine-linux-musl", "", "linux_x86_64"),
+        ("aarch64-linux-gnu", "", "linux_aarch64"),
+        ("arm64-apple-darwin22.1.0", "", "macosx_11_0_arm64"),
+        ("arm64-apple-darwin22.1.0", "12.3", "macosx_12_0_arm64"),
+        ("x86_64-apple-darwin22.1.0", "10.15", "macosx_10_15_x86_64"),
+        ("aarch64-unknown-macos", "13", "macosx_13_0_arm64"),
+    ],
+)
+def test_platform_tag(monkeypatch: pytest.MonkeyPatch, target: str, macos: str, tag: str) -> None:
+    monkeypatch.setenv("MACOSX_DEPLOYMENT_TARGET", macos)
+    assert build.platform_tag(build.Compiler(["cc"], target, "")) == tag
