@@ -21,15 +21,30 @@ import tinygpt2
 Weights = dict[str, np.ndarray]
 
 
-def load_numpy(path: Path) -> tinygpt2.Model:
-    return tinygpt2.load(path, backend="numpy")
+NO_KERNELS = pytest.mark.skipif(tinygpt2.library_path() is None, reason="needs the C kernels")
+BACKENDS = ["numpy", pytest.param("c", marks=NO_KERNELS)]
 
 
-def model_of(folder: Path, config: dict[str, Any], weights: Weights) -> tinygpt2.Model:
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def model_of(
+    folder: Path, config: dict[str, Any], weights: Weights, backend: str
+) -> tinygpt2.Model:
     """A model of these weights, without a tokenizer."""
     source = write_checkpoint(folder / "m", config, weights, tokenizer=False)
     tinygpt2.convert(source, folder / "m.tg2")
-    return load_numpy(folder / "m.tg2")
+    return tinygpt2.load(folder / "m.tg2", backend=backend)
+
+
+def numpy_backend(model: tinygpt2.Model) -> tinygpt2.NumpyBackend:
+    """The one whose stages can be looked at."""
+    if not isinstance(model.backend, tinygpt2.NumpyBackend):
+        pytest.skip("looks at the stages in NumPy")
+    return model.backend
 
 
 def largest(array: np.ndarray) -> float:
@@ -85,7 +100,7 @@ MARGIN = 5e-4
 class Example:
     """One of the ten models and a text that it generates greedily."""
 
-    def __init__(self, folder: Path, shape: Shape) -> None:
+    def __init__(self, folder: Path, shape: Shape, backend: str) -> None:
         self.config = shape.config()
         self.weights = random_weights(self.config, shape.seed)
         for name, array in self.weights.items():
@@ -93,7 +108,7 @@ class Example:
             # become a hard choice by them, in which every rounding counts.
             is_hard = "c_attn" in name and not self.config.get("scale_attn_weights", True)
             array *= 3 if array.ndim == 2 and not is_hard else 1
-        self.model = model_of(folder, self.config, self.weights)
+        self.model = model_of(folder, self.config, self.weights, backend)
         random = np.random.default_rng(shape.seed)
         self.prompt = random.integers(shape.vocab_size, size=N_PROMPT).tolist()
         self.answer = self.model.generate_ids(self.prompt, max_new_tokens=N_NEW, temperature=0)
@@ -101,11 +116,19 @@ class Example:
         self.logits = self.model.logits(self.ids)
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend_of_example(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "-".join(map(str, shape[:6])))
 def example(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    backend_of_example: str,
 ) -> Iterator[Example]:
-    example = Example(tmp_path_factory.mktemp("example"), request.param)
+    example = Example(tmp_path_factory.mktemp("example"), request.param, backend_of_example)
     with example.model:
         yield example
 
@@ -226,12 +249,12 @@ def test_greedy_text_of_transformers(example: Example, theirs: Any) -> None:
 
 
 @pytest.fixture
-def trained(data: Path, tmp_path: Path) -> Callable[[str], tinygpt2.Model]:
+def trained(data: Path, tmp_path: Path, backend: str) -> Callable[[str], tinygpt2.Model]:
     """Converts and loads one of the trained checkpoints."""
 
     def load_trained(name: str) -> tinygpt2.Model:
         tinygpt2.convert(data / "checkpoints" / name, tmp_path / f"{name}.tg2")
-        return load_numpy(tmp_path / f"{name}.tg2")
+        return tinygpt2.load(tmp_path / f"{name}.tg2", backend=backend)
 
     return load_trained
 
@@ -269,7 +292,7 @@ def test_sorter_sorts_everything(trained: Callable[[str], tinygpt2.Model]) -> No
 
 def stages(model: tinygpt2.Model, ids: list[int]) -> dict[str, np.ndarray]:
     """Every stage of a forward pass by the name that llm-viz gives it; those of block 0 singly."""
-    t, backend = tinygpt2, model.backend
+    t, backend = tinygpt2, numpy_backend(model)
     cache, block, all_ids = backend.new_cache(), backend.blocks[0], np.array(ids)
     s: dict[str, Any] = {"x": backend.embed(all_ids, 0)}
     s["ln1"] = backend.norm(s["x"], block, "ln_1")
@@ -309,7 +332,8 @@ def test_every_stage_of_llm_viz(trained: Callable[[str], tinygpt2.Model], data: 
     with trained("llm-viz-sort") as model:
         batch = published_array(published, "idx").astype(int).tolist()
         found = [stages(model, ids) for ids in batch]
-        np.testing.assert_array_equal(published_array(published, "pos_emb")[0], model.backend.wpe)
+        wpe = numpy_backend(model).wpe
+        np.testing.assert_array_equal(published_array(published, "pos_emb")[0], wpe)
     assert found[0].keys() == published.keys() - {"config", "idx", "tok_emb", "pos_emb"}
     for name in found[0]:
         expected = published_array(published, name)
@@ -338,11 +362,11 @@ def test_greedy_texts_of_ort_genai(
 
 
 @pytest.fixture
-def gpt2() -> Iterator[tinygpt2.Model]:
+def gpt2(backend: str) -> Iterator[tinygpt2.Model]:
     path = os.environ.get("TINYGPT2_GPT2")
     if not path:
         pytest.skip("needs a converted GPT-2 124M, whose path TINYGPT2_GPT2 names")
-    with tinygpt2.load(path) as model:
+    with tinygpt2.load(path, backend=backend) as model:
         yield model
 
 
@@ -397,7 +421,7 @@ def test_later_tokens_change_nothing_before(example: Example) -> None:
 
 def test_mlp_takes_each_token_by_itself(example: Example) -> None:
     """The order of rows decides only which part of a product does them: 1e-6 for rounding."""
-    backend = example.model.backend
+    backend = numpy_backend(example.model)
     x = np.random.default_rng(0).standard_normal((60, example.config["n_embd"]), np.float32)
     order = np.random.default_rng(1).permutation(60)
     for block in backend.blocks:
@@ -406,18 +430,19 @@ def test_mlp_takes_each_token_by_itself(example: Example) -> None:
         np.testing.assert_allclose(backend.mlp(block, x[:1]), y[:1], 0, 1e-6 * largest(y))
 
 
-def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
+def test_tied_head_is_the_embedding(tmp_path: Path, backend: str) -> None:
     """An untied head with the embedding's numbers gives the same bits, another one does not."""
     weights = random_weights(TOY)
     ids = list(range(0, 300, 7))
-    with model_of(tmp_path, TOY, weights) as model:
+    with model_of(tmp_path, TOY, weights, backend) as model:
         tied = model.logits(ids)
     for head, same in ((weights["wte.weight"], True), (weights["wte.weight"] + 1, False)):
-        with model_of(tmp_path, {**TOY, **UNTIED}, {**weights, "lm_head.weight": head}) as model:
+        untied = {**weights, "lm_head.weight": head}
+        with model_of(tmp_path, {**TOY, **UNTIED}, untied, backend) as model:
             assert np.array_equal(model.logits(ids), tied) is same
 
 
-def test_loss_of_a_new_model_is_the_log_of_its_vocabulary(tmp_path: Path) -> None:
+def test_loss_of_a_new_model_is_the_log_of_its_vocabulary(tmp_path: Path, backend: str) -> None:
     """Before training all tokens are about equally likely. 0.05: logits have a deviation of 0.1."""
     weights = random_weights(TOY)
     for name, array in weights.items():
@@ -428,7 +453,7 @@ def test_loss_of_a_new_model_is_the_log_of_its_vocabulary(tmp_path: Path) -> Non
         else:
             array *= 0.1  # to GPT-2's deviation of 0.02
     ids = np.random.default_rng(0).integers(TOY["vocab_size"], size=500).tolist()
-    with model_of(tmp_path, {**TOY, "eos_token_id": 0}, weights) as model:
+    with model_of(tmp_path, {**TOY, "eos_token_id": 0}, weights, backend) as model:
         score = model.score(ids)
     assert len(score.logprobs) == 500
     assert -score.total / 500 == pytest.approx(math.log(TOY["vocab_size"]), abs=0.05)
