@@ -2789,6 +2789,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--verify", action="store_true", default=False, help="check its checksum and vocabulary too"
     )
+    command.add_argument(
+        "--system", action="store_true", default=False, help="show and check what computes here"
+    )
     command = add("bench", run_bench, "measure the speed of a model")
     add_model_options(command)
     command.add_argument(
@@ -2975,6 +2978,9 @@ def run_score(options: argparse.Namespace) -> None:
 
 def run_info(options: argparse.Namespace) -> None:
     """Print a file's configuration and tensors, and check its content if asked to."""
+    if options.system:
+        print_table(system_facts())
+        return
     path = options.file or options.model or default_model()
     with contextlib.closing(TensorFile(path)) as file:
         config = read_config(file)
@@ -2989,6 +2995,60 @@ def run_info(options: argparse.Namespace) -> None:
             shape = " x ".join(map(str, tensor.shape))
             rows.append((name, tensor.dtype, shape, f"{tensor.stop - tensor.start:,}"))
         print_table(rows)
+
+
+def system_facts() -> list[tuple[str, str]]:
+    """What computes on this machine, where it was looked for, and whether it computes right."""
+    import platform
+
+    facts = [
+        ("tinygpt2", f"{__version__}, {os.path.abspath(__file__)}"),
+        ("python", f"{platform.python_version()}, {platform.platform()}"),
+        ("processors", str(available_processors())),
+        ("numpy", numpy_version()),
+    ]
+    path = library_path()
+    if path is None:
+        looked = os.path.join(os.path.dirname(os.path.abspath(__file__)), LIBRARY)
+        return [*facts, ("kernels", f"none: `python build.py` makes {looked}")]
+    with load(backend="c") as model:
+        backend: Any = model.backend
+        facts += [
+            ("kernels", path),
+            ("sha256", sha256(path)),
+            ("instruction set", f"{backend.isa} (TINYGPT2_ISA: {backend.isas()})"),
+            ("threads", f"{backend.threads} (TINYGPT2_THREADS)"),
+            ("c against numpy", compare_backends(model)),
+        ]
+    return facts
+
+
+def sha256(path: str) -> str:
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def numpy_version() -> str:
+    try:
+        import_numpy()
+    except TinyGPT2Error:
+        return "none"
+    return str(np.__version__)
+
+
+def compare_backends(model: Model) -> str:
+    """The largest difference between the logits of C and NumPy. 1e-4 is what float32 allows."""
+    if numpy_version() == "none":
+        return "not checked, as NumPy is not installed"
+    ids = list(range(min(64, model.config.n_positions, model.config.vocab_size)))
+    with load(model.path, backend="numpy") as reference:
+        expected, found = reference.logits(ids), model.logits(ids)
+    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+    if not difference <= 1e-4:
+        raise TinyGPT2Error(f"kernels: off by {difference:.0e} of the largest logit; {REBUILD}")
+    return f"right: logits within {difference:.0e} of the largest one"
 
 
 def file_facts(file: TensorFile, config: Config) -> list[tuple[str, str]]:
