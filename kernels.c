@@ -137,7 +137,7 @@ enum { WIDTH = 8, ROWS = 6, PANELS = 1 };
 enum { WIDTH = 4, ROWS = 6, PANELS = 1 };
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #else
-enum { WIDTH = 4, ROWS = 4, PANELS = 1 };
+enum { WIDTH = 4, ROWS = 6, PANELS = 1 };
 #define FMA(a, b, c) (part){fmaf(a[0], b[0], c[0]), fmaf(a[1], b[1], c[1]), \
                             fmaf(a[2], b[2], c[2]), fmaf(a[3], b[3], c[3])}
 #endif
@@ -228,10 +228,7 @@ static void any_tile(int rows, int panels, const float *a, size_t lda, const flo
 #define TILE(r, j) tile(r, j, a, lda, w, stride, k, init, ldi, c, ldc)
 #define CASE(r, j) case r: if (panels == 1) TILE(r, 1); else TILE(r, j); break;
     switch (rows) {
-        CASE(1, 4) CASE(2, PANELS) CASE(3, PANELS) CASE(4, PANELS)
-#if IS != IS_portable
-        CASE(5, PANELS) CASE(6, PANELS)
-#endif
+        CASE(1, 4) CASE(2, PANELS) CASE(3, PANELS) CASE(4, PANELS) CASE(5, PANELS) CASE(6, PANELS)
 #if IS == IS_avx512
         CASE(7, 2) CASE(8, 2) CASE(9, 2) CASE(10, 2) CASE(11, 2) CASE(12, 2)
 #endif
@@ -386,25 +383,15 @@ extern const tg_kernels tg_kernels_avx512, tg_kernels_avx2, tg_kernels_neon, tg_
 
 const char *tg_version(void) { return TG_VERSION; }
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-/* The processor must have the instructions (leaf 7, sub-leaf 0; FMA in leaf 1) and the system must
- * save the registers (XGETBV: bits 1 and 2 for AVX, besides 5 to 7 for AVX-512). */
-static int can_run(int avx512) {
-    unsigned a, b, c, d, saved, high;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_FMA) || !(c & bit_OSXSAVE)) return 0;
-    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b & bit_AVX2)) return 0;
-    return avx512 ? (b & bit_AVX512F) && (saved & 0xe6) == 0xe6 : (saved & 6) == 6;
-}
-#endif
-
+/* The compiler's test asks CPUID for the instructions and XGETBV whether the system saves them. */
 const tg_kernels *tg_find_kernels(const char *wanted) {
     const tg_kernels *found[3];
     int n = 0;
 #if defined(__x86_64__)
-    if (can_run(1)) found[n++] = &tg_kernels_avx512;
-    if (can_run(0)) found[n++] = &tg_kernels_avx2;
+    __builtin_cpu_init();
+    int fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (fma && __builtin_cpu_supports("avx512f")) found[n++] = &tg_kernels_avx512;
+    if (fma) found[n++] = &tg_kernels_avx2;
 #elif defined(__aarch64__)
     found[n++] = &tg_kernels_neon;
 #endif
@@ -422,26 +409,27 @@ const char *tg_isa_name(const char *wanted) {
 }
 
 /* -------------------------------------------------------------------------------------------------
- * 5. Threads. One pool for the process, started when a forward pass first has work for it. A job
- *    is a number of units, which whoever is free takes one by one; what a unit computes does not
- *    depend on who does.
+ * 5. Threads. One pool for the process, started when a forward pass first has work for it. A job is
+ *    some units, which whoever is free takes one by one; what a unit gives depends not on whom.
  * ---------------------------------------------------------------------------------------------- */
-typedef void (*job)(void *argument, int unit, int worker);
+typedef struct task task;
+typedef void job(const task *t, int unit);
 
 static struct {
     /* Who may help (16 bits), how many units, which is next (24 each): one word, so that taking a
-     * unit is one compare-and-swap. Who succeeds may read `run` and `argument`, as they change
-     * only after every unit is done. */
+     * unit is one compare-and-swap. Who succeeds may read `run` and `t`, as they change only after
+     * every unit is done. */
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic int done;
-    _Alignas(64) job run;
-    void *argument;
+    _Alignas(64) job *run;
+    const task *t;
     atomic_flag taken; /* by the one call that uses the pool */
     int workers, prepared;
     _Atomic char asleep[MAX_THREADS];
     pthread_mutex_t lock;
     pthread_cond_t wake;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+static _Thread_local int worker; /* which of them this thread is; 0: the caller */
 
 static int64_t nanoseconds(void) {
     struct timespec t;
@@ -449,23 +437,21 @@ static int64_t nanoseconds(void) {
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-static inline void relax(void) {
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
+#define RELAX() __builtin_ia32_pause()
+#else
+#define RELAX() __asm__ volatile("" ::: "memory")
 #endif
-}
 
-/* Whether a ticket has a unit left for this worker. */
-static int offers(uint64_t t, int worker) {
+/* Whether the ticket t has a unit left for this thread. */
+static int offers(uint64_t t) {
     return worker < (int)(t >> 48) && (t & 0xffffff) < (t >> 24 & 0xffffff);
 }
 
-static void work(int worker) {
-    for (uint64_t t = atomic_load(&pool.ticket); offers(t, worker);) {
+static void work(void) {
+    for (uint64_t t = atomic_load(&pool.ticket); offers(t);) {
         if (!atomic_compare_exchange_weak(&pool.ticket, &t, t + 1)) continue;
-        pool.run(pool.argument, (int)(t & 0xffffff), worker);
+        pool.run(pool.t, (int)(t & 0xffffff));
         atomic_fetch_add(&pool.done, 1);
         t = atomic_load(&pool.ticket);
     }
@@ -473,15 +459,14 @@ static void work(int worker) {
 
 /* A worker looks out for work for a fifth of a millisecond, which bridges the gaps between layers
  * and between tokens, then sleeps: an idle process uses no processor. */
-static void *worker_main(void *argument) {
-    for (int worker = (int)(intptr_t)argument;; work(worker)) {
+static void *worker_main(void *index) {
+    for (worker = (int)(intptr_t)index;; work()) {
         int64_t until = nanoseconds() + 200000;
-        while (!offers(atomic_load(&pool.ticket), worker) && nanoseconds() < until) relax();
-        if (offers(atomic_load(&pool.ticket), worker)) continue;
+        while (!offers(atomic_load(&pool.ticket)) && nanoseconds() < until) RELAX();
+        if (offers(atomic_load(&pool.ticket))) continue;
         pthread_mutex_lock(&pool.lock);
         atomic_store(&pool.asleep[worker], 1);
-        while (!offers(atomic_load(&pool.ticket), worker))
-            pthread_cond_wait(&pool.wake, &pool.lock);
+        while (!offers(atomic_load(&pool.ticket))) pthread_cond_wait(&pool.wake, &pool.lock);
         atomic_store(&pool.asleep[worker], 0);
         pthread_mutex_unlock(&pool.lock);
     }
@@ -490,7 +475,7 @@ static void *worker_main(void *argument) {
 
 /* A forked child has none of its parent's threads: it starts its own when it needs them. */
 static void forget_workers(void) {
-    pool.workers = 0;
+    pool.workers = worker = 0;
     atomic_store(&pool.ticket, 0);
     memset((void *)pool.asleep, 0, sizeof pool.asleep);
     pthread_mutex_init(&pool.lock, NULL);
@@ -501,9 +486,8 @@ static void forget_workers(void) {
 /* Start the workers that are missing, deaf to signals, which are for the program's own threads.
  * Where the system gives fewer, fewer do the work. */
 static void start_workers(int threads) {
-    if (pool.workers >= threads - 1) return;
-    if (!pool.prepared) pool.prepared = !pthread_atfork(NULL, NULL, forget_workers);
     sigset_t all, old;
+    if (!pool.prepared) pool.prepared = !pthread_atfork(NULL, NULL, forget_workers);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     for (pthread_t thread; pool.workers < threads - 1; pool.workers++) {
@@ -515,15 +499,14 @@ static void start_workers(int threads) {
 
 /* Compute all units of a job; `threads` above 1 says that the caller has taken the pool. Little
  * work (`cost` in multiply-adds) is not worth the wait for another processor. */
-static void parallel(int threads, int units, double cost, job run, void *argument) {
+static void parallel(int threads, int units, double cost, job *run, const task *t) {
+    int sleepers = 0, unit = 0;
     if (threads < 2 || units < 2 || cost < 1e5) {
-        for (int i = 0; i < units; i++) run(argument, i, 0);
+        while (unit < units) run(t, unit++);
         return;
     }
-    int sleepers = 0;
-    start_workers(threads);
-    pool.run = run;
-    pool.argument = argument;
+    if (pool.workers < threads - 1) start_workers(threads);
+    pool.run = run, pool.t = t;
     atomic_store(&pool.done, 0);
     atomic_store(&pool.ticket, (uint64_t)threads << 48 | (uint64_t)units << 24);
     for (int i = 1; i < threads; i++) sleepers += atomic_load(&pool.asleep[i]);
@@ -532,9 +515,9 @@ static void parallel(int threads, int units, double cost, job run, void *argumen
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.lock);
     }
-    work(0);
+    work();
     for (int spins = 0; atomic_load(&pool.done) < units; spins++)
-        if (spins < 1000) relax();
+        if (spins < 1000) RELAX();
         else sched_yield(); /* perhaps there are more threads than processors */
 }
 
@@ -544,9 +527,7 @@ static void parallel(int threads, int units, double cost, job run, void *argumen
 enum { WTE, WPE, LAYERS }; /* the tensors in the file's order: these, the layers', the last */
 enum { LN_1, C_ATTN = 2, ATTN_PROJ = 4, LN_2 = 6, C_FC = 8, MLP_PROJ = 10, LAYER = 12 };
 enum { LN_F, LM_HEAD = 2 }; /* each but wte, wpe and lm_head is a weight and a bias */
-
-#define ATTENTION_ROWS 24 /* queries in one unit of attention */
-#define ROWS_AT_ONCE 16   /* rows in one unit of embedding or layer norm */
+enum { ATTENTION_ROWS = 24 };
 
 struct tg_model {
     tg_config config;
@@ -560,24 +541,24 @@ typedef struct { double score; float e; int32_t token; } candidate;
 struct tg_session {
     const tg_model *model;
     atomic_flag busy;
-    int chunk, threads; /* threads: of the call under way, 1 if another had taken the pool */
+    int chunk, threads;  /* threads: of the call under way, 1 if another had taken the pool */
     int layer, n, start; /* of the pass under way: layers done, how many tokens, where the first */
-    int best;           /* the greedy choice after row 0 of the logits */
-    size_t wide, reach; /* how far apart rows are: of x, a, h; of weights */
-    void *memory;       /* all that follows lies in it */
-    float *keys;        /* [n_layer, n_head, up(n_positions) / 16, head_size, 16]: by position */
-    float *values;      /* [n_layer, n_head, up(head_size) / 16, n_positions, 16] */
-    float *x;           /* [chunk, n_embd]: the residual stream */
-    float *a;           /* [chunk, n_embd]: what a layer norm, attention or the MLP makes of it */
-    float *h;           /* [chunk, 3 n_embd or n_inner] */
-    float *weights;     /* [threads, ATTENTION_ROWS, n_positions, then head_size]: of attention */
-    float *logits;      /* [LOGIT_ROWS, up(vocab_size)] */
-    float *e;           /* [vocab_size]: for the choice, as are */
-    candidate *candidates; /* [2, vocab_size] */
-    int32_t *tokens;    /* [chunk] */
+    int best;            /* the greedy choice after row 0 of the logits */
+    size_t wide, reach;  /* how far apart rows are: of x, a, h; of weights */
+    void *memory;        /* all that follows lies in it */
+    float *keys;         /* [n_layer, n_head, up(n_positions) / 16, head_size, 16]: by position */
+    float *values;       /* [n_layer, n_head, up(head_size) / 16, n_positions, 16] */
+    float *x;            /* [chunk, n_embd]: the residual stream */
+    float *a;            /* [chunk, n_embd]: what a layer norm, attention or the MLP makes of it */
+    float *h;            /* [chunk, 3 n_embd or n_inner] */
+    float *weights;      /* [threads, ATTENTION_ROWS, n_positions, then head_size]: of attention */
+    float *logits;       /* [LOGIT_ROWS, up(vocab_size)] */
+    float *e;            /* [vocab_size]: for the choice of a token, as are */
+    candidate *candidates; /* [vocab_size] */
+    int32_t *tokens;     /* [chunk] */
 };
 
-typedef struct { /* what the units of one job share: rows of the session, and one layer's part */
+struct task { /* what the units of one job share: rows of the session, a layer, a matrix */
     tg_session *s;
     int first, count, layer, inputs, panels, group; /* group: panels in a unit */
     const float *const *tensor;                     /* a weight and a bias */
@@ -585,12 +566,10 @@ typedef struct { /* what the units of one job share: rows of the session, and on
     float *out, *residual; /* residual: what the outputs are added to, or NULL */
     size_t out_row;
     void (*activate)(float *x, int n); /* on the outputs, or NULL */
-} task;
+};
 
 /* out[count, 16 panels] = linear(in[count, inputs]), one group of panels */
-static void linear_unit(void *argument, int unit, int worker) {
-    (void)worker;
-    const task *t = argument;
+static void linear_unit(const task *t, int unit) {
     int from = unit * t->group, panels = t->panels - from < t->group ? t->panels - from : t->group;
     size_t stride = (size_t)t->inputs * LANES, row = t->s->wide;
     const float *bias = t->tensor[1] ? t->tensor[1] + from * LANES : NULL;
@@ -613,12 +592,12 @@ static void linear(tg_session *s, int count, const float *in, int inputs,
               .group = 32, .tensor = tensor, .in = in, .out = out, .residual = residual,
               .out_row = out == s->logits ? up(outputs) : s->wide, .activate = activate};
     while (t.group > 1 && t.panels < t.group * s->threads * (t.group > 4 ? 8 : 2)) t.group /= 2;
-    parallel(s->threads, (t.panels + t.group - 1) / t.group,
-             (double)count * inputs * outputs, linear_unit, &t);
+    parallel(s->threads, (t.panels + t.group - 1) / t.group, (double)count * inputs * outputs,
+             linear_unit, &t);
 }
 
-/* x = the token's embedding, which is one column of one panel, plus where it stands. */
-static void embed_row(const task *t, int i) {
+/* x = the token's embedding, which is one column of one panel, plus where it stands */
+static void embed_unit(const task *t, int i) {
     const tg_session *s = t->s;
     size_t token = s->tokens[i], n_embd = s->model->config.n_embd;
     const float *wte = s->model->tensors[WTE] + token / LANES * n_embd * LANES + token % LANES;
@@ -626,98 +605,69 @@ static void embed_row(const task *t, int i) {
     for (size_t c = 0; c < n_embd; c++) s->x[i * s->wide + c] = wte[c * LANES] + wpe[c];
 }
 
-/* a[0 .. count) = layer norm of x[first .. first + count) */
-static void norm_row(const task *t, int i) {
+/* a = layer norm of x, which begins at the row `first` */
+static void norm_unit(const task *t, int i) {
     const tg_session *s = t->s;
     const tg_config *c = &s->model->config;
     s->model->kernels->layer_norm(s->x + (t->first + i) * s->wide, t->tensor[0], t->tensor[1],
                                   c->layer_norm_epsilon, c->n_embd, s->a + i * s->wide);
 }
 
-static void rows_unit(void *argument, int unit, int worker) {
-    (void)worker;
-    const task *t = argument;
-    for (int i = unit * ROWS_AT_ONCE; i < t->count && i < (unit + 1) * ROWS_AT_ONCE; i++)
-        (t->tensor ? norm_row : embed_row)(t, i);
+static void norm(tg_session *s, const float *const *tensor, int first, int count) {
+    task t = {.s = s, .first = first, .tensor = tensor};
+    parallel(s->threads, count, 4.0 * count * s->model->config.n_embd, norm_unit, &t);
 }
 
-static void by_rows(tg_session *s, const float *const *tensor, int first, int count) {
-    task t = {.s = s, .tensor = tensor, .first = first, .count = count};
-    parallel(s->threads, (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE,
-             4.0 * count * s->model->config.n_embd, rows_unit, &t);
-}
-
-static float *cache_of(const task *t, int head, float *all, size_t each) {
-    return all + ((size_t)t->layer * t->s->model->config.n_head + head) * each;
-}
-
-/* One head's keys and values of all tokens, from h into the cache. */
-static void store_unit(void *argument, int head, int worker) {
-    (void)worker;
-    const task *t = argument;
-    const tg_session *s = t->s;
-    size_t d = s->model->head_size, n_embd = s->model->config.n_embd;
-    size_t positions = s->model->config.n_positions;
-    float *keys = cache_of(t, head, s->keys, up(positions) * d);
-    float *values = cache_of(t, head, s->values, positions * up(d));
-    for (int i = 0; i < s->n; i++) {
-        const float *key = s->h + i * s->wide + n_embd + head * d, *value = key + n_embd;
-        size_t at = s->start + i;
-        for (size_t c = 0; c < d; c++) {
-            keys[(at / LANES * d + c) * LANES + at % LANES] = key[c];
-            values[(c / LANES * positions + at) * LANES + c % LANES] = value[c];
-        }
-    }
-}
-
-/* One head, for up to ATTENTION_ROWS tokens; the last ones first, as they have the most to do. A
- * token sees the positions up to its own; its weights beyond are zeros. */
-static void attention_unit(void *argument, int unit, int worker) {
-    const task *t = argument;
+/* a = what one head of each token gathers from the tokens up to itself. The keys and values go from
+ * h into the cache; then, ATTENTION_ROWS tokens at a time, scores, weights, and values by weight.
+ * Weights are zeros beyond a token's own position. */
+static void attention_unit(const task *t, int head) {
     const tg_session *s = t->s;
     const tg_config *c = &s->model->config;
     const tg_kernels *f = s->model->kernels;
-    int head = unit % c->n_head, d = s->model->head_size;
-    int last = s->n - unit / c->n_head * ATTENTION_ROWS, end = s->start + last;
-    int first = last > ATTENTION_ROWS ? last - ATTENTION_ROWS : 0, m = last - first;
-    size_t positions = c->n_positions, row = s->reach;
-    double scale = c->scale_attn_weights ? 1 / sqrt(d) : 1;
-    if (c->scale_attn_by_inverse_layer_idx) scale /= t->layer + 1;
+    size_t d = s->model->head_size, positions = c->n_positions, row = s->reach;
+    size_t which = (size_t)t->layer * c->n_head + head, to_keys = c->n_embd;
+    float *keys = s->keys + which * up(positions) * d, *query = s->h + head * d;
+    float *values = s->values + which * positions * up(d), *gathered = s->a + head * d;
     float *p = s->weights + worker * ATTENTION_ROWS * row, *y = p + up(positions);
-    float sums[ATTENTION_ROWS];
-    f->product(s->h + first * s->wide + head * d, s->wide, m,
-               cache_of(t, head, s->keys, up(positions) * d), (size_t)d * LANES,
-               (int)up(end) / LANES, d, NULL, p, row);
-    for (int i = 0; i < m; i++)
-        sums[i] = f->softmax(p + i * row, end - m + i + 1, end, (float)scale);
-    f->product(p, row, m, cache_of(t, head, s->values, positions * up(d)), positions * LANES,
-               (int)up(d) / LANES, end, NULL, y, row);
-    for (int i = 0; i < m; i++)
-        for (int e = 0; e < d; e++)
-            s->a[(first + i) * s->wide + head * d + e] = y[i * row + e] / sums[i];
-}
-
-/* a = what each token gathers from the tokens up to itself, by the queries, keys and values in h */
-static void attention(tg_session *s, int layer) {
-    task t = {.s = s, .layer = layer};
-    int heads = s->model->config.n_head, blocks = (s->n + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-    double cost = (double)s->n * s->model->config.n_embd;
-    parallel(s->threads, heads, 8 * cost, store_unit, &t);
-    parallel(s->threads, heads * blocks, cost * (s->start + s->n), attention_unit, &t);
+    for (int i = 0; i < s->n; i++) {
+        const float *key = query + i * s->wide + to_keys, *value = key + to_keys;
+        size_t at = s->start + i;
+        for (size_t e = 0; e < d; e++) {
+            keys[(at / LANES * d + e) * LANES + at % LANES] = key[e];
+            values[(e / LANES * positions + at) * LANES + e % LANES] = value[e];
+        }
+    }
+    double scale = c->scale_attn_weights ? 1 / sqrt((double)d) : 1;
+    if (c->scale_attn_by_inverse_layer_idx) scale /= t->layer + 1;
+    for (int first = 0, m; first < s->n; first += m) {
+        m = s->n - first < ATTENTION_ROWS ? s->n - first : ATTENTION_ROWS;
+        int end = s->start + first + m;
+        f->product(query + first * s->wide, s->wide, m, keys, d * LANES, (int)up(end) / LANES,
+                   (int)d, NULL, p, row);
+        for (int i = 0; i < m; i++)
+            p[i * row + row - 1] = f->softmax(p + i * row, end - m + i + 1, end, (float)scale);
+        f->product(p, row, m, values, positions * LANES, (int)up(d) / LANES, end, NULL, y, row);
+        for (int i = 0; i < m; i++)
+            for (size_t e = 0; e < d; e++)
+                gathered[(first + i) * s->wide + e] = y[i * row + e] / p[i * row + row - 1];
+    }
 }
 
 /* The transformer: attention, then the MLP, each added to x. */
 static void forward_layer(tg_session *s, int layer) {
     const tg_config *c = &s->model->config;
     const float *const *w = s->model->tensors + LAYERS + layer * LAYER;
-    by_rows(s, w + LN_1, 0, s->n);                                          /* a = norm(x) */
-    linear(s, s->n, s->a, c->n_embd, w + C_ATTN, 3 * c->n_embd, s->h, NULL, NULL); /* h = q, k, v */
-    attention(s, layer);                                                    /* a = gathered */
-    linear(s, s->n, s->a, c->n_embd, w + ATTN_PROJ, c->n_embd, s->h, NULL, s->x); /* x += linear(a) */
-    by_rows(s, w + LN_2, 0, s->n);
-    linear(s, s->n, s->a, c->n_embd, w + C_FC, c->n_inner, s->h,
-           s->model->kernels->activate[c->activation], NULL);               /* h = bent linear(a) */
-    linear(s, s->n, s->h, c->n_inner, w + MLP_PROJ, c->n_embd, s->a, NULL, s->x); /* x += linear(h) */
+    int n = s->n;
+    task t = {.s = s, .layer = layer};
+    norm(s, w + LN_1, 0, n);
+    linear(s, n, s->a, c->n_embd, w + C_ATTN, 3 * c->n_embd, s->h, NULL, NULL); /* h = q, k, v */
+    parallel(s->threads, c->n_head, (double)n * (s->start + n) * c->n_embd, attention_unit, &t);
+    linear(s, n, s->a, c->n_embd, w + ATTN_PROJ, c->n_embd, s->h, NULL, s->x);
+    norm(s, w + LN_2, 0, n);
+    linear(s, n, s->a, c->n_embd, w + C_FC, c->n_inner, s->h,
+           s->model->kernels->activate[c->activation], NULL);
+    linear(s, n, s->h, c->n_inner, w + MLP_PROJ, c->n_embd, s->a, NULL, s->x);
 }
 
 /* A session belongs to one call at a time; so does the pool, and who finds it taken works alone. */
@@ -736,12 +686,13 @@ static int leave(tg_session *s, int result) {
 
 static int begin(tg_session *s, const int32_t *tokens, int n, int start) {
     const tg_config *c = &s->model->config;
+    task t = {.s = s};
     if (n < 1 || n > s->chunk || start < 0 || start > c->n_positions - n) return 0;
     for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= c->vocab_size) return 0;
     memcpy(s->tokens, tokens, n * sizeof *tokens);
     s->n = n, s->start = start, s->layer = 0;
-    by_rows(s, NULL, 0, n); /* x = embedding */
+    parallel(s->threads, n, 8.0 * n * c->n_embd, embed_unit, &t);
     return 1;
 }
 
@@ -761,10 +712,10 @@ int tg_logits(tg_session *s, int first, int count, const float **logits) {
     const float *const *last = s->model->tensors + LAYERS + c->n_layer * LAYER;
     const float *head[] = {c->tied ? s->model->tensors[WTE] : last[LM_HEAD], NULL};
     if (!enter(s)) return TG_BUSY;
-    if (!s->n || s->layer != c->n_layer || first < 0 || first > s->n - count || count < 1 ||
+    if (!s->n || s->layer < c->n_layer || first < 0 || first > s->n - count || count < 1 ||
         count > LOGIT_ROWS)
         return leave(s, TG_BAD_ARGUMENT);
-    by_rows(s, last + LN_F, first, count);
+    norm(s, last + LN_F, first, count);
     linear(s, count, s->a, c->n_embd, head, c->vocab_size, s->logits, NULL, NULL);
     *logits = s->logits;
     for (int i = count - 1; i >= 0; i--) {
@@ -782,7 +733,7 @@ double tg_log_probability(const tg_session *s, int row, int32_t token) {
 }
 
 /* -------------------------------------------------------------------------------------------------
- * 7. The choice of a token
+ * 7. The choice of a token: the filters and the draw of the Python module's section 6
  * ---------------------------------------------------------------------------------------------- */
 static int before(candidate a, candidate b) {
     return a.score > b.score || (a.score == b.score && a.token < b.token);
@@ -798,17 +749,19 @@ static void sink(candidate *c, int n, int i) {
     }
 }
 
-/* The k-th best score of n. The heap has the k best so far, negated: its root is the worst. */
-static double kth_score(const candidate *c, int n, int k, candidate *heap) {
-    for (int i = 0; i < k; i++) heap[i] = (candidate){-c[i].score, 0, 0};
-    for (int i = k / 2; i >= 0; i--) sink(heap, k, i);
-    for (int i = k; i < n; i++)
-        if (c[i].score > -heap[0].score) heap[0].score = -c[i].score, sink(heap, k, 0);
-    return -heap[0].score;
+/* The i-th best of n, where *left are still in the heap: as they come out of it, they go behind the
+ * rest, so that only as many are put in order as are looked at. */
+static const candidate *nth(candidate *c, int n, int *left, int i) {
+    while (n - *left <= i) {
+        candidate best = c[0];
+        c[0] = c[--*left], c[*left] = best;
+        sink(c, *left, 0);
+    }
+    return &c[n - 1 - i];
 }
 
-/* All tokens with bias and penalty but those ruled out and those below the top k. Their number. */
-static int collect(tg_session *s, const tg_options *o) {
+/* All tokens that are not ruled out, with bias and penalty, as a heap. Their number. */
+static int collect(const tg_session *s, const tg_options *o) {
     candidate *c = s->candidates;
     int n = 0, size = s->model->config.vocab_size;
     for (int t = 0; t < size; t++) c[t] = (candidate){s->logits[t], 0, t};
@@ -817,46 +770,34 @@ static int collect(tg_session *s, const tg_options *o) {
         double *x = &c[o->seen[i]].score;
         *x = *x < 0 ? *x * o->repetition_penalty : *x / o->repetition_penalty;
     }
-    int limited = o->temperature > 0 && o->top_k > 0 && o->top_k < size;
-    double least = limited ? kth_score(c, size, o->top_k, c + size) : -INFINITY;
     for (int t = 0; t < size; t++)
-        if (c[t].score >= least && c[t].score > -INFINITY) c[n++] = c[t];
+        if (c[t].score > -INFINITY) c[n++] = c[t];
+    for (int i = n / 2; i >= 0; i--) sink(c, n, i);
     return n;
 }
 
-/* Take the best of n out of the heap; it goes behind those that are left. */
-static candidate take_best(candidate *c, int n) {
-    candidate best = c[0];
-    c[0] = c[n - 1], c[n - 1] = best;
-    sink(c, n - 1, 0);
-    return best;
-}
-
-/* The filters and the draw of the Python module's section 6. Only as many are put in order as the
- * filters or the draw look at. */
 int32_t tg_choose(tg_session *s, const tg_options *o) {
     if (o->temperature == 0 && !o->n_bias && !o->n_seen) return s->best;
     candidate *c = s->candidates;
-    int n = collect(s, o), left = n, end = 0;
-    if (!n) return -1;
-    for (int i = n / 2; i >= 0; i--) sink(c, n, i);
-    if (o->temperature == 0) return c[0].token;
-    for (int i = 0; i < n; i++) s->e[i] = (float)((c[i].score - c[0].score) / o->temperature);
+    int n = collect(s, o), left = n, kept = n, i = 0;
+    if (!n || o->temperature == 0) return n ? c[0].token : -1;
+    double mass = 0, sum = 0, drawn = 0;
+    for (int t = 0; t < n; t++) s->e[t] = (float)((c[t].score - c[0].score) / o->temperature);
     s->model->kernels->exp(s->e, n);
-    double mass = 0, kept = 0, drawn = 0;
-    for (int i = 0; i < n; i++) mass += c[i].e = s->e[i];
-    if (o->top_p < 1 || o->min_p > 0) {
-        while (left && (left == n || (kept < o->top_p * mass && c[0].e >= o->min_p)))
-            kept += take_best(c, left--).e;
-        mass = kept;
-        end = left;
+    for (int t = 0; t < n; t++) mass += c[t].e = s->e[t];
+    if (o->top_k > 0 && o->top_k < n) { /* and those as good as the k-th */
+        double least = nth(c, n, &left, o->top_k - 1)->score;
+        for (kept = 0, mass = 0; kept < n && nth(c, n, &left, kept)->score >= least; kept++)
+            mass += nth(c, n, &left, kept)->e;
     }
-    int i = n;
-    do {
-        if (--i < left) take_best(c, left--);
-        drawn += c[i].e;
-    } while (i > end && drawn <= o->uniform * mass);
-    return c[i].token;
+    if (o->top_p < 1 || o->min_p > 0) {
+        for (; i < kept; sum += nth(c, n, &left, i++)->e)
+            if (i && (sum >= o->top_p * mass || nth(c, n, &left, i)->e < o->min_p)) break;
+        kept = i, mass = sum;
+    }
+    for (i = 0; i < kept - 1; i++)
+        if ((drawn += nth(c, n, &left, i)->e) > o->uniform * mass) break;
+    return nth(c, n, &left, i)->token;
 }
 
 /* -------------------------------------------------------------------------------------------------
@@ -890,15 +831,10 @@ static size_t lay_out(tg_session *s, char *base) {
     size_t words = up(c->vocab_size);
 #define PLACE(field, count) \
     s->field = (void *)(base + size), size += ((count) * sizeof *s->field + 63) / 64 * 64
-    PLACE(keys, heads * up(c->n_positions) * d);
-    PLACE(values, heads * c->n_positions * up(d));
-    PLACE(x, s->chunk * s->wide);
-    PLACE(a, s->chunk * s->wide);
-    PLACE(h, s->chunk * s->wide);
+    PLACE(keys, heads * up(c->n_positions) * d), PLACE(values, heads * c->n_positions * up(d));
+    PLACE(x, s->chunk * s->wide), PLACE(a, s->chunk * s->wide), PLACE(h, s->chunk * s->wide);
     PLACE(weights, s->model->threads * ATTENTION_ROWS * s->reach);
-    PLACE(logits, LOGIT_ROWS * words);
-    PLACE(e, words);
-    PLACE(candidates, 2 * words);
+    PLACE(logits, LOGIT_ROWS * words), PLACE(e, words), PLACE(candidates, words);
     PLACE(tokens, (size_t)s->chunk);
     return size;
 }

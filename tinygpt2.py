@@ -35,6 +35,7 @@ import bisect
 import codecs
 import contextlib
 import heapq
+import importlib
 import json
 import math
 import mmap
@@ -583,7 +584,7 @@ def code_points(ranges: str) -> Iterator[int]:
 def word_cutter() -> Callable[[str], Iterable[str]]:
     """The function that cuts text into words: by `regex` where it is installed, or by `re`."""
     try:
-        import regex  # type: ignore[import-untyped, unused-ignore]
+        regex = importlib.import_module("regex")
     except ImportError:
         return ShadowCutter().cut
     cut: Callable[[str], Iterable[str]] = regex.compile(GPT2_WORDS).findall
@@ -992,10 +993,10 @@ class NumpyBackend:
         return result
 
     def choose(
-        self, cache: Array, logits: Array, seen: set[int], options: Options, random: SplitMix64
+        self, cache: Array, logits: Array, seen: set[int], options: Options, uniform: float
     ) -> int:
         """The token after these logits, which are those that the cache ends with."""
-        return choose(adjust(logits, seen, options), options, random)
+        return choose(adjust(logits, seen, options), options, uniform)
 
 
 LIBRARY = {"win32": "tinygpt2_kernels.dll", "darwin": "tinygpt2_kernels.dylib"}.get(
@@ -1049,6 +1050,7 @@ class Handle:
 
     def __init__(self, pointer: Any, free: Callable[[Any], None], owner: object = None) -> None:
         self.pointer, self.free, self.owner = pointer, free, owner
+        self.given: object = None  # what C reads during a call: a compiler may drop locals early
 
     def __del__(self) -> None:
         self.free(self.pointer)
@@ -1116,8 +1118,11 @@ class CBackend:
 
         ids = (ctypes.c_int32 * len(tokens))(*tokens)
         status = self.library.tg_forward(cache.pointer, ids, len(tokens), start)
+        check_signals = ctypes.pythonapi.PyErr_CheckSignals  # which compiled Python does not call
         while status == MORE:
+            check_signals()
             status = self.library.tg_forward(cache.pointer, None, 0, 0)
+        check_signals()
         check_status(status)
 
     def rows(self, cache: Handle, first: int, count: int) -> Any:
@@ -1159,16 +1164,17 @@ class CBackend:
         return result
 
     def choose(
-        self, cache: Handle, logits: Any, seen: set[int], options: Options, random: SplitMix64
+        self, cache: Handle, logits: Any, seen: set[int], options: Options, uniform: float
     ) -> int:
         """What `adjust` and `choose` of section 6 do, on the logits in the cache."""
         biases = options.logit_bias or {}
         tokens, values = array.array("i", biases), array.array("d", biases.values())
         known = array.array("i", seen if options.repetition_penalty != 1 else ())
+        cache.given = (tokens, values, known)
         packed = struct.pack(
             "@5d3P3i",
             *(options.temperature, options.top_p, options.min_p, options.repetition_penalty),
-            random.uniform() if options.temperature else 0.0,
+            uniform,
             *(part.buffer_info()[0] for part in (values, tokens, known)),
             *(min(options.top_k, len(logits)), len(tokens), len(known)),
         )
@@ -1281,32 +1287,27 @@ def check_options(options: dict[str, Any], vocab_size: int) -> Options:
     if unknown:
         known = ", ".join(Options._fields)
         raise InputError(f"option {unknown[0]}: there is no such option; known are {known}")
-    checked = Options(**options)
-    if isinstance(checked.stop, str):
-        checked = checked._replace(stop=(checked.stop,))
-    requirements = [
-        ("max_new_tokens", is_count(checked.max_new_tokens), "a whole number from 0"),
-        ("temperature", is_between(checked.temperature, 0, 1e6), "a number from 0 to 1e6"),
-        ("top_k", is_count(checked.top_k), "a whole number from 0 (0: all tokens)"),
-        ("top_p", is_between(checked.top_p, 0, 1) and checked.top_p > 0, "above 0, at most 1"),
-        ("min_p", is_between(checked.min_p, 0, 1), "a number from 0 to 1"),
-        (
-            "repetition_penalty",
-            is_between(checked.repetition_penalty, 1e-6, 1e6),
+    o: dict[str, Any] = {**Options()._asdict(), **options}
+    if isinstance(o["stop"], str):
+        o["stop"] = (o["stop"],)
+    requirements = {
+        "max_new_tokens": (is_count(o["max_new_tokens"]), "a whole number from 0"),
+        "temperature": (is_between(o["temperature"], 0, 1e6), "a number from 0 to 1e6"),
+        "top_k": (is_count(o["top_k"]), "a whole number from 0 (0: all tokens)"),
+        "top_p": (is_between(o["top_p"], 0, 1) and o["top_p"] > 0, "above 0, at most 1"),
+        "min_p": (is_between(o["min_p"], 0, 1), "a number from 0 to 1"),
+        "repetition_penalty": (
+            is_between(o["repetition_penalty"], 1e-6, 1e6),
             "a number from 1e-6 to 1e6",
         ),
-        ("seed", checked.seed is None or type(checked.seed) is int, "a whole number or None"),
-        ("stop", are_texts(checked.stop), "a text or a list of texts, none empty"),
-        (
-            "logit_bias",
-            are_biases(checked.logit_bias, vocab_size),
-            "a dict: token to number, or -inf",
-        ),
-    ]
-    for name, condition, expected in requirements:
+        "seed": (o["seed"] is None or type(o["seed"]) is int, "a whole number or None"),
+        "stop": (are_texts(o["stop"]), "a text or a list of texts, none empty"),
+        "logit_bias": (are_biases(o["logit_bias"], vocab_size), "a dict: token to number, or -inf"),
+    }
+    for name, (condition, expected) in requirements.items():
         if not condition:
             raise InputError(f"option {name}: expected {expected}, found {brief(options[name])}")
-    return checked
+    return Options(**o)
 
 
 def is_between(value: object, low: float, high: float) -> bool:
@@ -1377,13 +1378,13 @@ def candidates(scores: Array, options: Options) -> tuple[Array, Array]:
     return tokens[:kept], p[:kept] / p[:kept].sum()
 
 
-def choose(scores: Array, options: Options, random: SplitMix64) -> int:
+def choose(scores: Array, options: Options, uniform: float) -> int:
     """The next token: the best one, or one drawn with the probabilities that are left."""
     if options.temperature == 0:
         return int(scores.argmax())
     tokens, p = candidates(scores, options)
     cumulative = np.cumsum(p)
-    drawn = np.searchsorted(cumulative, random.uniform() * cumulative[-1], side="right")
+    drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
     return int(tokens[min(int(drawn), len(tokens) - 1)])
 
 
@@ -1507,7 +1508,7 @@ class Session:
             if tokens:
                 self._last_logits()
 
-    def rewind(self, n: int) -> None:
+    def rewind(self, n: Any) -> None:
         """Forget the last `n` tokens."""
         with self._alone():
             length = len(self._tokens)
@@ -1657,7 +1658,8 @@ class Session:
                     return
                 logits = self._last_logits()
                 cache = self._open_cache()
-                token = self.model.backend.choose(cache, logits, seen, options, random)
+                uniform = random.uniform()
+                token = self.model.backend.choose(cache, logits, seen, options, uniform)
                 if token == self.model.config.eos_token_id:
                     self.finish_reason = "end"
                     return
@@ -1682,7 +1684,7 @@ class Model:
     """A mapped .tg2 file, its tokenizer and its backend. Shared by any number of sessions."""
 
     def __init__(self, path: Path, backend: str | None, threads: int | None) -> None:
-        if backend not in (None, *BACKENDS):
+        if backend is not None and backend not in BACKENDS:
             raise InputError(f"backend: expected None or one of {BACKENDS}, found {brief(backend)}")
         if threads is not None and not (is_count(threads) and 1 <= threads <= MAX_THREADS):
             expected = f"None or a number from 1 to {MAX_THREADS}"
@@ -1733,7 +1735,7 @@ class Model:
             raise InputError(f"text: expected a string, found {brief(text)}")
         return self.need_tokenizer().encode(text, special)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[Any]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self.need_tokenizer().decode(self.check_ids(ids))
 
@@ -1741,7 +1743,7 @@ class Model:
         """Text or ids as ids."""
         return self.encode(prompt) if isinstance(prompt, str) else self.check_ids(prompt)
 
-    def check_ids(self, ids: Iterable[int]) -> list[int]:
+    def check_ids(self, ids: Iterable[Any]) -> list[int]:
         """Ids as a list of int (NumPy's integers are welcome), each in the vocabulary."""
         if isinstance(ids, (bytes, bytearray, memoryview)) or not hasattr(ids, "__iter__"):
             raise InputError(f"prompt: expected text or token ids, found {brief(ids)}")

@@ -1,16 +1,19 @@
-"""What the tests share: where the test data is, and small random checkpoints made on the spot."""
+"""What the tests share: where the test data is, small random checkpoints made on the spot, and
+build.py with the compilers that are there."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -210,3 +213,56 @@ def transformers_gpt2(data: Path) -> Any:
     """The tokenizer of transformers for GPT-2, from the test data."""
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     return transformers.GPT2TokenizerFast.from_pretrained(data / "gpt2-vocab")
+
+
+# build.py, and running what it makes
+
+VARIABLES = ("CC", "CFLAGS", "LDFLAGS", "TINYGPT2_PURE", "TINYGPT2_ISA")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+
+
+def load_build() -> Any:
+    """By its path: `import build` might be another package of that name."""
+    spec = importlib.util.spec_from_file_location("tinygpt2_build", ROOT / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_build()
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run(command: list[object], environ: Mapping[str, str], cwd: Path | None = None) -> Result:
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**ENVIRONMENT, **environ},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def is_there(compiler: str) -> bool:
+    if compiler == "ziglang":
+        return importlib.util.find_spec("ziglang") is not None
+    return shutil.which(compiler) is not None
+
+
+def needs(compiler: str) -> Any:
+    return pytest.param(
+        compiler, marks=pytest.mark.skipif(not is_there(compiler), reason=f"needs {compiler}")
+    )
+
+
+needs_cc = pytest.mark.skipif(not is_there("cc"), reason="needs a C compiler called cc")

@@ -7,8 +7,6 @@ build.py beside a tinygpt2.py and a kernels.c of a few lines, since it is faster
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
 import platform
 import shlex
 import shutil
@@ -18,17 +16,13 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, Result, build, is_there, needs, needs_cc, run
 
 import tinygpt2
 
-VARIABLES = ("CC", "CFLAGS", "LDFLAGS", "TINYGPT2_PURE", "TINYGPT2_ISA")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in VARIABLES}
 LIBRARY = "tinygpt2_kernels.dylib" if sys.platform == "darwin" else "tinygpt2_kernels.so"
 ZIG = f"{shlex.quote(sys.executable)} -m ziglang cc"
 EM_AARCH64 = 183
@@ -59,57 +53,12 @@ int main(void) { return puts("alone " TG_VERSION) < 0; }
 """
 
 
-def load_build() -> Any:
-    """By its path: `import build` might be another package of that name."""
-    spec = importlib.util.spec_from_file_location("tinygpt2_build", ROOT / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_build()
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(command: list[object], environ: Mapping[str, str], cwd: Path | None = None) -> Result:
-    done = subprocess.run(
-        list(map(str, command)),
-        env={**ENVIRONMENT, **environ},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert "Traceback" not in done.stdout + done.stderr
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
 def run_build(
     folder: Path, *arguments: object, python: Path | str = sys.executable, **environ: str
 ) -> Result:
     return run([python, folder / "build.py", *arguments], environ)
 
 
-def is_there(compiler: str) -> bool:
-    if compiler == "ziglang":
-        return importlib.util.find_spec("ziglang") is not None
-    return shutil.which(compiler) is not None
-
-
-def needs(compiler: str) -> Any:
-    return pytest.param(
-        compiler, marks=pytest.mark.skipif(not is_there(compiler), reason=f"needs {compiler}")
-    )
-
-
-needs_cc = pytest.mark.skipif(not is_there("cc"), reason="needs a C compiler called cc")
 needs_ziglang = pytest.mark.skipif(not is_there("ziglang"), reason="needs the package ziglang")
 
 

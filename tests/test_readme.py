@@ -33,7 +33,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not MODEL.exists():
         pytest.skip("needs the default model, vendor/tales.tg2")
     folder = tmp_path_factory.mktemp("clone")
-    shutil.copy(ROOT / "tinygpt2.py", folder)
+    for name in ("tinygpt2.py", "build.py", "kernels.c"):
+        shutil.copy(ROOT / name, folder)
     (folder / "vendor").symlink_to(ROOT / "vendor")
     write_checkpoint(folder / "path" / "to" / "checkpoint")
     return folder

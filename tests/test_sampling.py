@@ -148,7 +148,7 @@ def test_ties_at_the_threshold_of_top_k_all_stay(top_k: int) -> None:
 
 def test_equal_tokens_come_in_the_order_of_their_ids() -> None:
     assert list(kept([1, 2, 1, 2], **PLAIN)) == [1, 3, 0, 2]
-    assert tinygpt2.choose(np.array([1.0, 2, 1, 2]), Options(temperature=0), SplitMix64(0)) == 1
+    assert tinygpt2.choose(np.array([1.0, 2, 1, 2]), Options(temperature=0), 0.0) == 1
 
 
 def test_repetition_penalty_moves_both_signs_down() -> None:
@@ -231,21 +231,10 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(options: dict[str, Any])
     scores, random = tinygpt2.adjust(logits, set(), checked), SplitMix64(7)
     counts = [0] * 9
     for _ in range(10_000):
-        counts[tinygpt2.choose(scores, checked, random)] += 1
+        counts[tinygpt2.choose(scores, checked, random.uniform())] += 1
     assert {token for token, count in enumerate(counts) if count} == set(expected)
     found = chi_square((counts[token] for token in expected), expected.values())
     assert found < CHI_SQUARE_LIMITS[5]
-
-
-class Fixed(SplitMix64):
-    """One number, again and again."""
-
-    def __init__(self, number: float) -> None:
-        super().__init__(0)
-        self.number = number
-
-    def uniform(self) -> float:
-        return self.number
 
 
 @pytest.mark.parametrize(
@@ -255,14 +244,14 @@ class Fixed(SplitMix64):
 )
 def test_draw_walks_from_the_most_probable_token(number: float, token: int) -> None:
     scores = np.array([*DECIMAL, -INF])  # the last one is never chosen
-    assert tinygpt2.choose(scores, Options(**PLAIN), Fixed(number)) == token
+    assert tinygpt2.choose(scores, Options(**PLAIN), number) == token
 
 
 def test_draw_gives_each_of_two_equals_its_half() -> None:
     """`uniform` never returns 1, so the first one's half is up to 0.5, which is excluded."""
     below = 0.5 - 2.0**-53
     scores = np.zeros(2)
-    chosen = [tinygpt2.choose(scores, Options(**PLAIN), Fixed(u)) for u in (0.0, below, 0.5)]
+    chosen = [tinygpt2.choose(scores, Options(**PLAIN), u) for u in (0.0, below, 0.5)]
     assert chosen == [0, 0, 1]
 
 

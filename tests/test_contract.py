@@ -1,0 +1,1157 @@
+"""What the kernels promise: the same bits everywhere, threads, forks, no leaks, clear errors.
+
+Processes and threads are real. What could take a whole process down is run in one of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_checkpoint
+
+import tinygpt2
+from tinygpt2 import InputError, Model, Session, StateError, TinyGPT2Error
+
+HERE = Path(tinygpt2.__file__).parent
+LIBRARY = tinygpt2.library_path()
+NAMES = ("avx512", "avx2", "neon", "portable")
+THREADS = (1, 2, 3, 4)
+CHUNKS = (1, 2, 7, 64, 0)  # tokens in one pass; 0: all of them
+COMBINATIONS = list(itertools.product(THREADS, CHUNKS))
+SOME = COMBINATIONS[::3]  # every number of threads and every chunk, for what takes long
+FEW = COMBINATIONS[::6]  # every number of threads once, each with another chunk
+
+needs_kernels = pytest.mark.skipif(
+    LIBRARY is None, reason="needs the kernels: `python build.py` makes them"
+)
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads /proc/self")
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+
+
+def instruction_sets() -> list[str]:
+    """Those that can be used here, the fastest first."""
+    if LIBRARY is None:
+        return ["no kernels"]
+    library = tinygpt2.load_library(LIBRARY)
+    return [name for name in NAMES if library.tg_isa_name(name.encode())]
+
+
+ISAS = instruction_sets()
+every_isa = pytest.mark.parametrize("isa", ISAS)
+
+
+@contextlib.contextmanager
+def opened(path: Path, isa: str = ISAS[0], threads: int = 1, chunk: int = 0) -> Iterator[Model]:
+    """A model that computes with these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYGPT2_ISA", isa)
+        model = tinygpt2.load(path, backend="c", threads=threads)
+    with model:
+        model.backend.chunk = chunk or model.config.n_positions
+        yield model
+
+
+def fed(model: Model, ids: list[int]) -> Session:
+    session = model.session()
+    session.feed(ids)
+    return session
+
+
+def largest(array: np.ndarray) -> float:
+    return float(np.abs(array).max())
+
+
+def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
+    assert found.dtype == expected.dtype == np.float32
+    assert np.array_equal(found.view(np.int32), expected.view(np.int32))
+
+
+@pytest.fixture(scope="session")
+def tales_path() -> Path:
+    """The default model."""
+    return Path(tinygpt2.default_model())
+
+
+@pytest.fixture(scope="session")
+def big_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that a processor has to work for, 19 million numbers."""
+    folder = tmp_path_factory.mktemp("big")
+    config = {"n_embd": 512, "n_layer": 6, "n_head": 8, "n_positions": 1024}
+    tinygpt2.convert(write_checkpoint(folder, config), folder / "big.tg2")
+    return folder / "big.tg2"
+
+
+# The same bits
+
+
+RELU = {"activation_function": "relu"}
+GELU = {"activation_function": "gelu"}
+UNTIED = {"tie_word_embeddings": False}
+ODD_SCALES = {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
+
+
+def sizes(vocab_size: int, n_embd: int, n_layer: int, n_head: int, n_inner: int) -> dict[str, Any]:
+    return {
+        **{"vocab_size": vocab_size, "n_embd": n_embd, "n_layer": n_layer, "n_head": n_head},
+        **{"n_inner": n_inner, "n_positions": 81, "bos_token_id": None, "eos_token_id": None},
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "toy": sizes(300, 32, 2, 4, 128),
+    "head size 2": {**sizes(3, 2, 1, 1, 3), **RELU},
+    "head size 1": {**sizes(3, 2, 2, 2, 8), **UNTIED},
+    "nothing fills a panel": {**sizes(257, 33, 2, 3, 45), **GELU, **UNTIED},
+    "other scales": {**sizes(100, 48, 3, 3, 101), **RELU, **ODD_SCALES},
+    "work for every thread": sizes(1501, 72, 2, 3, 301),
+}
+CHECKPOINTS = ("mingpt-adder", "llm-viz-sort", "ort-genai-tiny-random", "lm-buddy-fake-gpt2")
+TALES = "the default model"
+
+
+class Example(NamedTuple):
+    """A model, a text that it reads, and the logits after each token as one thread gets them."""
+
+    name: str
+    path: Path
+    ids: list[int]
+    logits: np.ndarray
+
+
+@pytest.fixture(scope="module", params=[*SHAPES, *CHECKPOINTS, TALES])
+def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Example:
+    name, folder = request.param, tmp_path_factory.mktemp("example")
+    path = folder / "m.tg2"
+    if name in SHAPES:
+        tinygpt2.convert(write_checkpoint(folder, SHAPES[name], tokenizer=False), path)
+    elif name in CHECKPOINTS:
+        tinygpt2.convert(request.getfixturevalue("data") / "checkpoints" / name, path)
+    else:
+        path = request.getfixturevalue("tales_path")
+    with opened(path) as model:
+        length = min(81, model.config.n_positions)
+        ids = np.random.default_rng(7).integers(model.config.vocab_size, size=length).tolist()
+        return Example(name, path, ids, model.logits(ids))
+
+
+Found = tuple[list[int], np.ndarray]  # after which tokens, and the logits there
+
+
+def at_once(model: Model, ids: list[int]) -> Found:
+    return list(range(len(ids))), model.logits(ids)
+
+
+def in_two_parts(model: Model, ids: list[int]) -> Found:
+    first = len(ids) * 2 // 5
+    session = fed(model, ids[:first])
+    before = session.logits
+    session.feed(ids[first:])
+    return [first - 1, len(ids) - 1], np.stack([before, session.logits])
+
+
+def after_a_rewind(model: Model, ids: list[int]) -> Found:
+    kept = len(ids) // 3
+    session = fed(model, ids[:kept] + ids[kept:][::-1])
+    session.rewind(len(ids) - kept)
+    before = session.logits
+    session.feed(ids[kept:])
+    return [kept - 1, len(ids) - 1], np.stack([before, session.logits])
+
+
+def one_by_one(model: Model, ids: list[int]) -> Found:
+    session = model.session()
+    rows = []
+    for token in ids:
+        session.feed([token])
+        rows.append(session.logits)
+    return list(range(len(ids))), np.stack(rows)
+
+
+WAYS: list[Callable[[Model, list[int]], Found]] = [at_once, in_two_parts, after_a_rewind]
+
+
+@needs_kernels
+@every_isa
+def test_logits(example: Example, isa: str) -> None:
+    """Bit for bit, however many threads, in whatever chunks, cached or not."""
+    combinations = SOME if example.logits.size > 1e5 else COMBINATIONS
+    ids = example.ids
+    if isa == "portable" and example.name == TALES:
+        combinations, ids = FEW, ids[:20]
+    for threads, chunk in combinations:
+        with opened(example.path, isa, threads, chunk) as model:
+            for way in [*WAYS, one_by_one] if chunk == 1 else WAYS:
+                positions, logits = way(model, ids)
+                assert_same_bits(logits, example.logits[positions])
+
+
+@needs_kernels
+def test_logits_can_differ(example: Example) -> None:
+    """The test above means something: another token anywhere before changes the bits."""
+    with opened(example.path) as model:
+        ids = list(example.ids)
+        ids[0] = (ids[0] + 1) % model.config.vocab_size
+        changed = model.logits(ids).view(np.int32) != example.logits.view(np.int32)
+    assert changed.any(axis=1).mean() > 0.9
+
+
+PROMPT = "Once upon a time there was a little fox who lived in the wood and was afraid of nothing."
+# What every machine must give for the model of this checksum: after each token of this prompt its
+# logits, little-endian; and the text that follows with this seed. A new default model needs new
+# ones; a change of kernels.c never does.
+TALES_CHECKSUM = "aa0cf8a1"
+TALES_SHA256 = "8ea2d9fdf6c2ba72efeedda2a53c56d3c39a3a9159c23a53a0c387d0afbb3bc2"
+TALES_TEXT = (
+    " But as all the animals did not come back and their sheeps were there, "
+    "the little fox could not get up,"
+)
+
+
+@needs_kernels
+@every_isa
+def test_what_the_default_model_gives_on_every_machine(tales_path: Path, isa: str) -> None:
+    with opened(tales_path, isa, threads=2) as model:
+        assert model.file.checksum() == TALES_CHECKSUM
+        logits = model.logits(PROMPT).astype("<f4")
+        assert hashlib.sha256(logits.tobytes()).hexdigest() == TALES_SHA256
+        assert model.generate(PROMPT, seed=1, max_new_tokens=24) == TALES_TEXT
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0},
+    {"top_k": 0},
+    {"top_k": 0, "top_p": 0.8},
+    {"top_k": 0, "min_p": 0.1, "temperature": 1.5},
+    {"top_k": 7, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
+    {"top_k": 0, "repetition_penalty": 0.8, "logit_bias": {5: 2.0, 6: -math.inf}},
+]
+
+
+def sampled(model: Model, ids: list[int], chunk: int) -> list[list[int]]:
+    """What follows with every set of options, in turn from a fresh session and a rewound one."""
+    answers = []
+    session = fed(model, ids[:3])
+    for seed, options in enumerate(CHOICES):
+        if seed % 2 or chunk == 1:
+            answers.append(model.generate_ids(ids, seed=seed, max_new_tokens=8, **options))
+        else:
+            session.rewind(len(session.tokens) - 3)
+            session.feed(ids[3:9])
+            session.feed(ids[9:])
+            answers.append(list(session.stream_ids(seed=seed, max_new_tokens=8, **options)))
+    return answers
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["work for every thread", TALES])
+def test_sampled_texts(tmp_path: Path, tales_path: Path, name: str) -> None:
+    """The same seed gives the same text, with every filter."""
+    path = tales_path
+    if name != TALES:
+        path = tmp_path / "m.tg2"
+        tinygpt2.convert(write_checkpoint(tmp_path, SHAPES[name], tokenizer=False), path)
+    ids = np.random.default_rng(8).integers(1000, size=20).tolist()
+    with opened(path) as model:
+        expected = sampled(model, ids, 1)
+        other = [model.generate_ids(ids, seed=99, max_new_tokens=8, **c) for c in CHOICES]
+    assert [a == b for a, b in zip(expected, other)] == [c.get("temperature") == 0 for c in CHOICES]
+    for isa in ISAS:
+        combinations = SOME if name != TALES else FEW
+        for threads, chunk in combinations[1:2] if isa == "portable" else combinations:
+            with opened(path, isa, threads, chunk) as model:
+                assert sampled(model, ids, chunk) == expected, (isa, threads, chunk)
+
+
+@needs_kernels
+@every_isa
+def test_scores(example: Example, isa: str) -> None:
+    """The log-probabilities too, of a text that takes two windows but in the default model."""
+    ids = example.ids * 2 if example.name != TALES else example.ids[:40]
+    with opened(example.path) as model:
+        expected = model.score(ids).logprobs
+    for threads, chunk in FEW[-1:] if isa == "portable" and example.name == TALES else FEW:
+        with opened(example.path, isa, threads, chunk) as model:
+            assert model.score(ids).logprobs == expected
+
+
+# Against NumPy
+
+
+@needs_kernels
+def test_numpy_agrees(example: Example) -> None:
+    """Logits within 1e-4 of the largest. So is the logarithm of the sum of their exponentials, from
+    which a log-probability is their distance: it may be off by twice that."""
+    with tinygpt2.load(example.path, backend="numpy") as model:
+        tolerance = 1e-4 * largest(example.logits)
+        assert largest(model.logits(example.ids) - example.logits) <= tolerance
+        theirs = model.score(example.ids).logprobs
+    with opened(example.path) as model:
+        ours = model.score(example.ids).logprobs
+    assert ours[0] is theirs[0] is None or model.config.eos_token_id is not None
+    pairs = [(a, b) for a, b in zip(ours, theirs) if a is not None and b is not None]
+    assert len(pairs) >= len(example.ids) - 1
+    assert max(abs(a - b) for a, b in pairs) <= 2 * tolerance
+
+
+@needs_kernels
+def test_numpy_gives_the_same_greedy_text(tales_path: Path) -> None:
+    greedy: dict[str, Any] = {"temperature": 0, "max_new_tokens": 100}
+    with tinygpt2.load(tales_path, backend="numpy") as model:
+        expected = model.generate_ids(PROMPT, **greedy)
+        logits = model.logits(model.encode(PROMPT) + expected)
+        best = np.sort(logits[-len(expected) - 1 : -1], axis=-1)
+        # Rounding cannot decide here: the best token is ahead by more than both may be off.
+        assert (best[:, -1] - best[:, -2]).min() > 2e-4 * largest(logits)
+    assert len(set(expected)) > 20
+    with opened(tales_path) as model:
+        assert model.generate_ids(PROMPT, **greedy) == expected
+
+
+# Threads
+
+
+def in_threads(work: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=item, daemon=True) for item in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_threads_with_a_session_each(tales_path: Path, threads: int) -> None:
+    """One uses the pool, the others work alone: nobody's answer depends on it."""
+    with opened(tales_path, threads=threads, chunk=16) as model:
+
+        def answer(number: int) -> tuple[list[int], bytes]:
+            session = fed(model, [(7 * i + number) % 4000 for i in range(60)])
+            ids = list(session.stream_ids(seed=number, max_new_tokens=20))
+            return ids, session.logits.tobytes()
+
+        expected = [answer(number) for number in range(8)]
+        found: list[Any] = [None] * 8
+
+        def work(number: int) -> None:
+            found[number] = [answer(number) for _ in range(2)]
+
+        in_threads([functools.partial(work, number) for number in range(8)])
+    assert found == [[answer] * 2 for answer in expected]
+    assert len({logits for _, logits in expected}) == 8
+
+
+def wait_until_busy(session: Session) -> None:
+    """Until another thread computes with it."""
+    stop = time.monotonic() + 30
+    while time.monotonic() < stop:
+        try:
+            session.rewind(0)
+        except StateError:
+            return
+        time.sleep(0.001)
+    raise AssertionError("the other thread never began, or was never in the way")
+
+
+@needs_kernels
+def test_two_threads_on_one_session(big_path: Path) -> None:
+    """Whoever comes second is told so, and changes nothing for the first."""
+    with opened(big_path, threads=2) as model:
+        ids = [i % 256 for i in range(600)]
+        expected = fed(model, ids).logits
+        session = model.session()
+        thread = threading.Thread(target=session.feed, args=[ids])
+        thread.start()
+        wait_until_busy(session)
+        uses: list[Callable[[], Any]] = [
+            lambda: session.feed([1]),
+            lambda: session.rewind(1),
+            lambda: session.logits,
+            lambda: session.generate(max_new_tokens=1),
+        ]
+        for use in uses:
+            with pytest.raises(StateError, match="in use by another thread"):
+                use()
+        assert thread.is_alive()
+        thread.join()
+        assert session.tokens == ids
+        assert_same_bits(session.logits, expected)
+
+
+@needs_kernels
+def test_two_threads_on_one_cache(tales_path: Path) -> None:
+    """Below the session, C looks for itself: an error at worst."""
+    with opened(tales_path, threads=2) as model:
+        backend, ids = model.backend, list(range(200))
+        cache: Any = backend.new_cache()
+        outcomes: set[str] = set()
+        stop = time.monotonic() + 30
+
+        def work() -> None:
+            while time.monotonic() < stop and "StateError" not in outcomes:
+                try:
+                    backend.forward(cache, ids, 0, 1)
+                except TinyGPT2Error as error:
+                    outcomes.add(type(error).__name__)
+
+        in_threads([work] * 4)
+        assert "StateError" in outcomes
+
+
+@needs_kernels
+@pytest.mark.parametrize("isa", ISAS[:: len(ISAS) - 1] if len(ISAS) > 1 else ISAS)
+def test_other_threads_keep_running(big_path: Path, isa: str) -> None:
+    """A thread that wakes up each millisecond. If C kept Python's lock, it could do so once in the
+    20 milliseconds that a call lasts, which is the most that C does at a time."""
+    with opened(big_path, isa) as model:
+        session, ids = model.session(), [i % 256 for i in range(8 if isa == "portable" else 200)]
+        ticks, is_done = 0, threading.Event()
+
+        def tick() -> None:
+            nonlocal ticks
+            while not is_done.wait(0.001):
+                ticks += 1
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        start = time.monotonic()
+        while time.monotonic() < start + 1:
+            session.rewind(len(session.tokens))
+            session.feed(ids)
+        duration = time.monotonic() - start
+        is_done.set()
+        thread.join()
+    assert ticks > duration / 0.007
+
+
+CLEAN = {name: text for name, text in os.environ.items() if not name.startswith("TINYGPT2_")}
+
+
+def run(
+    arguments: list[object], folder: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder, from where it imports."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env={**CLEAN, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+
+
+def check_script(script: str, *arguments: object, **environment: str) -> str:
+    """What it prints; it must end well and say nothing on standard error.
+
+    Every warning is an error, but the one that Python 3.12 and later give when a process with
+    threads forks.
+    """
+    flags = ["-X", "dev", "-W", "error", "-W", "ignore::DeprecationWarning"]
+    done = run([*flags, "-c", script, *arguments], HERE, environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@needs_kernels
+@needs_proc
+def test_threads_are_started_by_the_first_work(tales_path: Path) -> None:
+    script = """
+import os, sys
+count = lambda: len(os.listdir("/proc/self/task"))
+counts = [count()]
+import tinygpt2
+counts.append(count())
+model = tinygpt2.load(sys.argv[1], backend="c", threads=4)
+counts.append(count())
+session = model.session()
+counts.append(count())
+for _ in range(2):
+    session.generate(max_new_tokens=2, seed=1)
+    counts.append(count())
+alone = tinygpt2.load(sys.argv[1], backend="c", threads=1)
+alone.generate("a", max_new_tokens=2, seed=1)
+print(*counts, count())
+"""
+    assert check_script(script, tales_path).split() == ["1", "1", "1", "1", "4", "4", "4"]
+
+
+@needs_kernels
+@needs_proc
+def test_an_idle_process_uses_no_processor(tales_path: Path) -> None:
+    script = """
+import os, resource, sys, time
+import tinygpt2
+def used():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+model = tinygpt2.load(sys.argv[1], backend="c", threads=4)
+model.generate("Once", max_new_tokens=20, seed=1)
+assert len(os.listdir("/proc/self/task")) == 4
+time.sleep(0.05)
+before = used()
+time.sleep(1)
+print(used() - before)
+"""
+    assert float(check_script(script, tales_path)) < 0.02
+
+
+# Each answer to Ctrl-C is timed inside the process, from just before the signal is sent to when
+# the call that was computing has returned. Where other programs wait for the processors too, it
+# takes as much longer as it waits: so the time that counts is that of the processors, the median
+# of nine, and on the clock only the best of them.
+CTRL_C = """
+import os, signal, statistics, sys, threading, time
+import tinygpt2
+path, threads, few = sys.argv[1], *map(int, sys.argv[2:])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
+model = tinygpt2.load(path, backend="c", threads=threads)
+ids = [37 * i % 256 for i in range(model.config.n_positions)]
+session = model.session()
+delays, used, sent = [], [], []
+
+def interrupt(wait):
+    time.sleep(wait)
+    sent.append((time.monotonic(), time.process_time()))
+    os.kill(os.getpid(), signal.SIGINT)
+
+for number in range(9):
+    thread = threading.Thread(target=interrupt, args=[0.1 + 0.013 * number])
+    session.rewind(len(session.tokens))
+    try:
+        thread.start()
+        while True:
+            session.feed(ids)
+            session.rewind(len(ids))
+    except KeyboardInterrupt:
+        delays.append(time.monotonic() - sent[-1][0])
+        used.append((time.process_time() - sent[-1][1]) / threads)
+    thread.join()
+fresh = model.session()
+fresh.feed(ids[:few])
+session.rewind(len(session.tokens))
+session.feed(ids[:few - 2] + [7, 7])
+session.rewind(2)
+session.feed(ids[few - 2:few])
+assert session.logits.tobytes() == fresh.logits.tobytes()
+print(statistics.median(used), min(delays))
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize(("isa", "threads"), [(ISAS[0], 1), (ISAS[0], 2), (ISAS[-1], 1)])
+def test_ctrl_c_stops_a_long_prompt(big_path: Path, isa: str, threads: int) -> None:
+    """Within 100 ms; after that the session can be used as before."""
+    few = 8 if isa == "portable" else 100
+    times = check_script(CTRL_C, big_path, threads, few, TINYGPT2_ISA=isa)
+    assert max(map(float, times.split())) < 0.1
+
+
+# Forks
+
+# What every process of these tests computes: ids and logits. Processes that hang end by an alarm.
+ANSWER = """
+import os, signal, sys, threading, time
+import numpy, tinygpt2
+model = tinygpt2.load(sys.argv[1], backend="c", threads=2)
+def answer(seed):
+    session = model.session()
+    session.feed([1, 2, 3, seed])
+    ids = list(session.stream_ids(seed=seed, max_new_tokens=2))
+    return ids, session.logits.tobytes()
+def fork(work):
+    child = os.fork()
+    if child:
+        return child
+    signal.alarm(30)
+    os._exit(0 if work() else 1)
+expected = [answer(seed) for seed in range(4)]
+"""
+
+
+@needs_kernels
+@needs_fork
+def test_200_forks_while_two_threads_generate(tales_path: Path) -> None:
+    """Every child has a pool of its own, of one thread beside its only one."""
+    script = f"""{ANSWER}
+is_done, wrong, rounds = threading.Event(), [], [0, 0]
+def work(number):
+    while not is_done.is_set():
+        if answer(number) != expected[number]:
+            wrong.append(number)
+        rounds[number] += 1
+threads = [threading.Thread(target=work, args=[number]) for number in (0, 1)]
+for thread in threads:
+    thread.start()
+def threads_here():
+    return len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 2
+codes = []
+for number in range(200):
+    child = fork(lambda: answer(number % 4) == expected[number % 4] and threads_here() == 2)
+    codes.append(os.waitpid(child, 0)[1])
+is_done.set()
+for thread in threads:
+    thread.join()
+assert codes == [0] * 200, codes
+assert not wrong and min(rounds) > 5, (wrong, rounds)
+"""
+    check_script(script, tales_path)
+
+
+@needs_kernels
+@needs_fork
+def test_workers_forked_from_a_parent_that_has_generated(tales_path: Path) -> None:
+    """As servers do that load once: four processes begin at the same moment."""
+    script = f"""{ANSWER}
+wait, go = os.pipe()
+def work(writer):
+    os.close(go)
+    os.read(wait, 1)
+    text = model.generate("Once upon a time", seed=5, max_new_tokens=20)
+    return os.write(writer, text.encode())
+pipes = [os.pipe() for _ in range(4)]
+children = [fork(lambda: work(writer)) for _, writer in pipes]
+os.close(go)
+codes = [os.waitpid(child, 0)[1] for child in children]
+texts = [os.read(reader, 9999).decode() for reader, _ in pipes]
+assert codes == [0] * 4, codes
+assert texts == [model.generate("Once upon a time", seed=5, max_new_tokens=20)] * 4, texts
+"""
+    check_script(script, tales_path)
+
+
+@needs_kernels
+@needs_fork
+def test_a_fork_in_the_middle_of_a_forward_pass(big_path: Path) -> None:
+    """Another thread forks: its child has neither the pool nor the thread that was computing."""
+    script = f"""{ANSWER}
+ids = [i % 256 for i in range(400)]
+session, codes = model.session(), []
+def in_child():
+    try:
+        session.feed([1])  # whoever computes with it is not in this process
+        return False
+    except tinygpt2.StateError:
+        return answer(2) == expected[2]
+def fork_later(wait):
+    while not session._lock.locked():
+        time.sleep(0.001)
+    time.sleep(wait)
+    codes.append(os.waitpid(fork(in_child), 0)[1])
+answers = set()
+for number in range(4):
+    thread = threading.Thread(target=fork_later, args=[0.01 * number])
+    thread.start()
+    session.feed(ids)
+    answers.add(session.logits.tobytes())
+    thread.join()
+    session.rewind(len(ids))
+assert codes == [0] * 4, codes
+session.feed(ids)
+answers.add(session.logits.tobytes())
+assert len(answers) == 1
+"""
+    check_script(script, big_path)
+
+
+@needs_kernels
+@needs_fork
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_multiprocessing(tmp_path: Path, tales_path: Path, method: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import multiprocessing, sys
+import tinygpt2
+
+def answer(path, seed):
+    with tinygpt2.load(path, backend="c", threads=2) as model:
+        return model.generate("Once upon a time", seed=seed, max_new_tokens=15)
+
+if __name__ == "__main__":
+    path, method = sys.argv[1:]
+    work = [(path, seed) for seed in range(6)]
+    expected = [answer(*item) for item in work]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.starmap(answer, work, 1) == expected
+        pool.close()
+        pool.join()
+    print(len(set(expected)))
+""",
+        "utf-8",
+    )
+    arguments = ["-W", "ignore::DeprecationWarning", script, tales_path, method]
+    done = run(arguments, HERE, {"PYTHONPATH": str(HERE)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "6\n", "")
+
+
+# Nothing is left behind
+
+
+@needs_kernels
+@needs_proc
+def test_a_thousand_sessions_leave_nothing_behind(toy_path: Path) -> None:
+    """Half of the sessions are closed, the others only dropped; of the models the same. A session
+    of the toy takes 300 kB, so that a hundredth of each would be more than is allowed."""
+    script = """
+import gc, os, sys
+import tinygpt2
+path = sys.argv[1]
+def state():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        memory = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    with open("/proc/self/maps") as file:
+        maps = sum(path in line for line in file)
+    return memory, maps, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+def use(session, number):
+    session.feed([number % 256] * 40)
+    session.generate(seed=number, max_new_tokens=3, top_p=0.9)
+    session.rewind(5)
+def use_sessions(count):
+    for number in range(count):
+        session = model.session()
+        use(session, number)
+        if number % 2:
+            session.close()
+def use_models(count):
+    for number in range(count):
+        other = tinygpt2.load(path, backend="c", threads=2)
+        use(other.session(), number)
+        other.score("The thing")
+        if number % 2:
+            other.close()
+model = tinygpt2.load(path, backend="c", threads=2)
+for work, count in ((use_sessions, 1000), (use_models, 200)):
+    work(count // 10)
+    before = state()
+    work(count)
+    after = state()
+    assert after[0] - before[0] < 2_000_000, (work.__name__, before, after)
+    assert after[1:] == before[1:], (work.__name__, before, after)
+"""
+    check_script(script, toy_path)
+
+
+@needs_kernels
+def test_any_order_of_closing_and_dropping(tales_path: Path) -> None:
+    """What is closed says so; logits that are still looked at keep what they lie in."""
+    script = """
+import gc, itertools, sys
+import tinygpt2
+def check(call):
+    try:
+        call()
+    except tinygpt2.StateError:
+        return
+    raise AssertionError("it is closed")
+names = ["model", "session", "stream", "row"]
+rows = set()
+for how, order in itertools.product(["close", "drop"], itertools.permutations(names)):
+    model = tinygpt2.load(sys.argv[1], backend="c", threads=2)
+    session = model.session()
+    session.feed([1, 2, 3])
+    stream = session.stream(seed=1)
+    next(stream)
+    backend = model.backend
+    (row,) = backend.forward(backend.new_cache(), [4, 5, 6], 0, 1)
+    things = {"model": model, "session": session, "stream": stream, "row": row}
+    del model, session, stream, row, backend
+    for name in order:
+        if how == "close" and name != "row":
+            things[name].close()
+            things[name].close()
+            if name == "session":
+                check(lambda: things[name].feed([1]))
+            if name == "model":
+                check(lambda: things[name].generate("a"))
+        elif name == "row":
+            rows.add(things.pop(name).tobytes())
+        else:
+            del things[name]
+        gc.collect()
+assert len(rows) == 1
+"""
+    check_script(script, tales_path)
+
+
+@needs_kernels
+@pytest.mark.parametrize("what", ["session", "model"])
+def test_closed_by_another_thread_in_the_middle_of_a_forward_pass(
+    big_path: Path, what: str
+) -> None:
+    script = """
+import gc, sys, threading, time
+import tinygpt2
+path, what = sys.argv[1:]
+outcomes = []
+def work(session):
+    try:
+        session.feed([1] * 700)
+        outcomes.append("fed")
+    except tinygpt2.StateError:
+        outcomes.append("closed")
+for number in range(6):
+    model = tinygpt2.load(path, backend="c", threads=2)
+    session = model.session()
+    thread = threading.Thread(target=work, args=[session])
+    thread.start()
+    while not session._lock.locked():
+        time.sleep(0.001)
+    time.sleep(0.01 * number)
+    for _ in range(2):
+        (session if what == "session" else model).close()
+    try:
+        session.feed([1])
+        raise AssertionError("it is closed")
+    except tinygpt2.StateError:
+        pass
+    if number % 2:
+        del model, session
+        gc.collect()
+    thread.join()
+print(*outcomes)
+"""
+    outcomes = check_script(script, big_path, what).split()
+    assert len(outcomes) == 6
+    assert set(outcomes) <= {"fed", "closed"}
+
+
+@needs_kernels
+@pytest.mark.parametrize("computing", [False, True])
+def test_the_end_of_the_process_is_quiet(big_path: Path, computing: bool) -> None:
+    """With everything open, and with threads that nobody waits for in the middle of their work."""
+    script = """
+import sys, threading, time
+import tinygpt2
+model = tinygpt2.load(sys.argv[1], backend="c", threads=2)
+session, other = model.session(), model.session()
+session.feed([1, 2, 3])
+stream = other.stream(seed=1)
+next(stream)
+def work():
+    own = model.session()
+    while True:
+        own.feed([1] * 300)
+        own.rewind(300)
+if sys.argv[2] == "True":
+    for _ in range(2):
+        threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.1)
+"""
+    for _ in range(3):
+        check_script(script, big_path, computing)
+
+
+# What goes wrong is said clearly
+
+
+Result = tuple[int, str, str]  # exit code, output, errors
+
+
+def run_command(arguments: list[object], folder: Path = HERE, **environment: str) -> Result:
+    script = "import sys, tinygpt2; sys.exit(tinygpt2.main())"
+    done = run(["-c", script, *arguments], folder, environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+def check_error(result: Result, code: int, *parts: str) -> None:
+    """One line on standard error, and nothing else."""
+    assert (result[0], result[1]) == (code, "")
+    assert result[2].startswith("tinygpt2: error: ")
+    assert result[2].count("\n") == 1
+    for part in parts:
+        assert part in result[2]
+
+
+VARIABLES = [
+    ("TINYGPT2_ISA", "wrong"),
+    ("TINYGPT2_ISA", "AVX2"),
+    ("TINYGPT2_ISA", "portable "),
+    ("TINYGPT2_THREADS", "0"),
+    ("TINYGPT2_THREADS", "x"),
+    ("TINYGPT2_THREADS", "-1"),
+    ("TINYGPT2_THREADS", "1.5"),
+    ("TINYGPT2_THREADS", "257"),
+    ("TINYGPT2_THREADS", "9999"),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "value"), VARIABLES)
+def test_a_wrong_variable(
+    toy_path: Path, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {"TINYGPT2_ISA": " or ".join(ISAS), "TINYGPT2_THREADS": "a whole number from 1 to"}
+    texts = [f"{name}: expected {expected[name]}", f"found {value!r}"]
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as error:
+        tinygpt2.load(toy_path)
+    assert all(text in str(error.value) for text in texts)
+    result = run_command(["--model", toy_path, "--prompt", "a"], HERE, **{name: value})
+    check_error(result, 2, *texts)
+    with tinygpt2.load(toy_path, backend="numpy") as model:
+        assert model.generate("a", seed=1, max_new_tokens=2)
+
+
+@needs_kernels
+def test_every_instruction_set_is_here_or_refused(
+    toy_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The portable one is everywhere."""
+    assert ISAS[-1] == "portable"
+    for name in NAMES:
+        monkeypatch.setenv("TINYGPT2_ISA", name)
+        if name in ISAS:
+            with tinygpt2.load(toy_path) as model:
+                assert getattr(model.backend, "isa", None) == name
+        else:
+            with pytest.raises(InputError, match=f"TINYGPT2_ISA: .*found '{name}'"):
+                tinygpt2.load(toy_path)
+    monkeypatch.setenv("TINYGPT2_ISA", "")
+    with tinygpt2.load(toy_path) as model:
+        assert getattr(model.backend, "isa", None) == ISAS[0]
+
+
+@needs_kernels
+def test_the_number_of_threads(toy_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument, or else the variable, or else what this process may use."""
+
+    def threads_of(threads: int | None) -> Any:
+        with tinygpt2.load(toy_path, threads=threads) as model:
+            return getattr(model.backend, "threads", None)
+
+    monkeypatch.setenv("TINYGPT2_THREADS", "7")
+    assert (threads_of(5), threads_of(None), threads_of(256)) == (5, 7, 256)
+    for unset in ("", None):
+        monkeypatch.delenv("TINYGPT2_THREADS")
+        if unset is not None:
+            monkeypatch.setenv("TINYGPT2_THREADS", unset)
+        assert threads_of(None) == tinygpt2.available_processors()
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 257, 1.0, "2"], ids=ascii)
+def test_wrong_threads(toy_path: Path, threads: Any) -> None:
+    with pytest.raises(InputError, match="threads: expected None or a number from 1 to 256, found"):
+        tinygpt2.load(toy_path, threads=threads)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "C", "", 1], ids=ascii)
+def test_a_wrong_backend(toy_path: Path, backend: Any) -> None:
+    with pytest.raises(InputError, match=r"backend: expected None or one of .*numpy.*, found"):
+        tinygpt2.load(toy_path, backend=backend)
+
+
+@pytest.mark.parametrize("arguments", ["--threads 0", "--threads -1", "--threads x"])
+def test_wrong_threads_on_the_command_line(toy_path: Path, arguments: str) -> None:
+    code, out, err = run_command(["--model", toy_path, "--prompt", "a", *arguments.split()])
+    assert (code, out) == (2, "")
+    assert "threads" in err
+    assert "Traceback" not in err
+
+
+def test_a_wrong_backend_on_the_command_line(toy_path: Path) -> None:
+    code, out, err = run_command(["--model", toy_path, "--prompt", "a", "--backend", "cuda"])
+    assert (code, out) == (2, "")
+    assert "--backend" in err
+    assert "Traceback" not in err
+
+
+def other_architecture(library: bytes) -> bytes:
+    """The same in the header of an ELF file, but for the machine that it is for."""
+    arm, x86 = (183).to_bytes(2, "little"), (62).to_bytes(2, "little")
+    return library[:18] + (x86 if library[18:20] == arm else arm) + library[20:]
+
+
+def other_library() -> bytes:
+    """One of Python's own: it can be loaded, and has none of our functions."""
+    for name in ("_json", "_bisect", "_heapq", "zlib", "_struct", "_ctypes"):
+        path = getattr(importlib.import_module(name), "__file__", None)
+        if path and path.endswith(".so"):
+            return Path(path).read_bytes()
+    pytest.skip("all of this Python's modules are built in")
+
+
+def wrong_library(kind: str) -> bytes:
+    if kind == "another version":
+        assert LIBRARY
+        return Path(LIBRARY).read_bytes()
+    if kind == "another architecture":
+        assert LIBRARY
+        library = Path(LIBRARY).read_bytes()
+        if library[:4] != b"\x7fELF":
+            pytest.skip("changes a field of an ELF file")
+        return other_architecture(library)
+    if kind == "another library":
+        return other_library()
+    return b"" if kind == "empty" else b"kernels, as it were\n"
+
+
+KINDS = ["another version", "another architecture", "another library", "empty", "text", "folder"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wrong_library(tmp_path: Path, toy_path: Path, kind: str) -> None:
+    """An error that names the file and what to do, whichever way it is asked for; not so NumPy."""
+    source = (ROOT / "tinygpt2.py").read_text("utf-8")
+    if kind == "another version":
+        changed = source.replace(f'__version__ = "{tinygpt2.__version__}"', '__version__ = "9.8.7"')
+        assert changed != source
+        source = changed
+    (tmp_path / "tinygpt2.py").write_text(source, "utf-8")
+    library = tmp_path / tinygpt2.LIBRARY
+    if kind == "folder":
+        library.mkdir()
+    else:
+        library.write_bytes(wrong_library(kind))
+    ask: list[object] = ["--model", toy_path, "--prompt", "a", "--seed", "1", "--max-tokens", "3"]
+    said = [f"{library}: ", "python build.py", "delete the file", "'numpy'"]
+    if kind == "another version":
+        said.append(f"expected version 9.8.7, found {tinygpt2.__version__}")
+    check_error(run_command(ask, tmp_path), 1, *said)
+    check_error(run_command([*ask, "--backend", "c"], tmp_path), 1, *said)
+    code, out, err = run_command([*ask, "--backend", "numpy"], tmp_path)
+    assert (code, err) == (0, "")
+    assert out
+
+
+def test_the_file_alone_computes_in_numpy(tmp_path: Path, toy_path: Path) -> None:
+    shutil.copy(ROOT / "tinygpt2.py", tmp_path)
+    script = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import tinygpt2
+model = tinygpt2.load(sys.argv[2])
+try:
+    tinygpt2.load(sys.argv[2], backend="c")
+except tinygpt2.TinyGPT2Error as error:
+    text = type(error).__name__ + ": " + str(error)
+print(json.dumps([tinygpt2.__file__, tinygpt2.library_path(), model.backend.name, text]))
+"""
+    file, path, backend, error = json.loads(check_script(script, tmp_path, toy_path))
+    assert (file, path, backend) == (str(tmp_path / "tinygpt2.py"), None, "numpy")
+    assert error.startswith(f"TinyGPT2Error: backend c: no {tinygpt2.LIBRARY} beside {file}")
+    assert "python build.py" in error
+    ask: list[object] = ["--model", toy_path, "--prompt", "a", "--seed", "1", "--backend", "c"]
+    check_error(run_command(ask, tmp_path), 1, "python build.py")
+
+
+# How many processors
+
+
+def write_tree(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, "utf-8")
+
+
+def v1(folder: str, quota: int, period: int = 100000) -> dict[str, str]:
+    base = f"cpu/{folder}/" if folder else "cpu/"
+    return {f"{base}cpu.cfs_quota_us": f"{quota}\n", f"{base}cpu.cfs_period_us": f"{period}\n"}
+
+
+V1_GROUPS = "12:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n3:cpuset:/other\n1:name=systemd:/y\n"
+QUOTAS: dict[str, tuple[str, dict[str, str], list[tuple[int, int]]]] = {
+    "no cgroups": ("", {}, []),
+    "no files": ("0::/a\n", {}, []),
+    "v2, root": ("0::/\n", {"cpu.max": "50000 100000\n"}, [(50000, 100000)]),
+    "v2, unlimited": ("0::/a\n", {"a/cpu.max": "max 100000\n"}, []),
+    "v2, nested": (
+        "0::/a/b/c.scope\n",
+        {
+            "a/cpu.max": "300000 100000\n",
+            "a/b/cpu.max": "max 100000\n",
+            "a/b/c.scope/cpu.max": "150000 50000\n",
+            "a/x/cpu.max": "1000 100000\n",
+        },
+        [(300000, 100000), (150000, 50000)],
+    ),
+    "v2, a colon in the name": ("0::/a:b\n", {"a:b/cpu.max": "1 2\n"}, [(1, 2)]),
+    "v2, damaged": ("0::/a/b\n", {"a/cpu.max": "\n", "a/b/cpu.max": "many 0 x\n"}, []),
+    "v2, no period": ("0::/\n", {"cpu.max": "50000 0\n"}, []),
+    "v1": (V1_GROUPS, v1("docker/x", 250000), [(250000, 100000)]),
+    "v1, unlimited": (V1_GROUPS, v1("docker/x", -1), []),
+    "v1, nested": (
+        V1_GROUPS,
+        {**v1("", -1), **v1("docker", 700000, 200000), **v1("docker/x", 50000)},
+        [(700000, 200000), (50000, 100000)],
+    ),
+    "v1, another controller's": (
+        "3:cpuset:/a\n",
+        {**v1("a", 50000), "cpuset/a/cpu.max": "1 2", "a/cpu.max": "1 2"},
+        [],
+    ),
+    "both": (
+        "1:cpu:/a\n0::/b\n",
+        {**v1("a", 50000), "b/cpu.max": "7 8\n", "a/cpu.max": "1 2\n"},
+        [(50000, 100000), (7, 8)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUOTAS)
+def test_quotas(tmp_path: Path, name: str) -> None:
+    groups, files, expected = QUOTAS[name]
+    write_tree(tmp_path / "root", files)
+    (tmp_path / "groups").write_text(groups, "utf-8")
+    found = tinygpt2.cgroup_quotas(str(tmp_path / "groups"), str(tmp_path / "root"))
+    assert list(found) == expected
+
+
+def test_quotas_where_there_are_none(tmp_path: Path) -> None:
+    assert list(tinygpt2.cgroup_quotas(str(tmp_path / "none"), str(tmp_path))) == []
+
+
+# The files of the control groups are looked for in a folder.
+PROCESSORS = """
+import builtins, os, sys
+import tinygpt2
+root, real = sys.argv[1], open
+def redirected(path, *arguments, **options):
+    is_ours = str(path).startswith(("/proc/self/cgroup", "/sys/fs/cgroup/"))
+    return real(root + path if is_ours else path, *arguments, **options)
+builtins.open = redirected
+if sys.argv[2:]:
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:int(sys.argv[2])]))
+print(tinygpt2.available_processors())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max", 999), ("1000", 1), ("99000", 1), ("100000", 1), ("100001", 2), ("99900000", 999)],
+)
+def test_processors_by_quota(tmp_path: Path, quota: str, expected: int) -> None:
+    """A part of a processor counts as one; a process has never less than one."""
+    write_tree(tmp_path / "proc/self", {"cgroup": "0::/a\n"})
+    write_tree(tmp_path / "sys/fs/cgroup/a", {"cpu.max": f"{quota} 100000\n"})
+    here = len(os.sched_getaffinity(0))
+    assert int(check_script(PROCESSORS, tmp_path)) == min(here, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+def test_processors_by_affinity(tmp_path: Path) -> None:
+    here = len(os.sched_getaffinity(0))
+    assert [int(check_script(PROCESSORS, tmp_path, n)) for n in (1, here)] == [1, here]
