@@ -104,8 +104,8 @@ static inline size_t up(size_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 #ifdef TG_ISA
 /* -------------------------------------------------------------------------------------------------
- * 1. The vector vocabulary. An instruction set says how wide its registers are and how they multiply
- *    and add; the compiler's own vector types do the rest. v16 is sixteen floats in as many
+ * 1. The vector vocabulary. An instruction set says how wide its registers are and how they
+ *    multiply and add; the compiler's own vector types do the rest. v16 is sixteen floats in as many
  *    registers as that takes, and all that follows is written in it.
  * ---------------------------------------------------------------------------------------------- */
 #define INLINE static inline __attribute__((always_inline))
@@ -193,17 +193,17 @@ static float max_of(const float *x, int n) {
     return lanes[0];
 }
 
-/* ---------------------------------------------------------------------------------------------------
+/* -------------------------------------------------------------------------------------------------
  * 2. The microkernel
  * ---------------------------------------------------------------------------------------------- */
 
-/* A tile of rows x panels outputs, whose accumulators stay in registers over all k inputs. With `rows`
- * and `panels` constant where it is inlined, every loop but the one over k disappears. One row is as
- * fast as memory delivers w, so that is asked for AHEAD inputs early, across pages, where the
- * processor's own prefetching ends. */
+/* A tile of rows x panels outputs, whose accumulators stay in registers over all k inputs. With
+ * `rows` and `panels` constant where it is inlined, every loop but the one over k disappears. One
+ * row is as fast as memory delivers w, so that is asked for AHEAD inputs early, across pages, where
+ * the processor's own prefetching ends. */
 #define AHEAD 32
-INLINE void tile(int rows, int panels, const float *a, size_t lda, const float *w, size_t stride, int k,
-                 const float *init, size_t ldi, float *c, size_t ldc) {
+INLINE void tile(int rows, int panels, const float *a, size_t lda, const float *w, size_t stride,
+                 int k, const float *init, size_t ldi, float *c, size_t ldc) {
     v16 sum[ROWS][4];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int j = 0; j < panels; j++)
@@ -235,12 +235,12 @@ static void any_tile(int rows, int panels, const float *a, size_t lda, const flo
     }
 }
 
-/* The product of the table. One row takes four panels at a time: more streams from memory. Many rows go
- * in blocks of DEPTH inputs, so that a block of panels stays in the nearest cache while the rows pass;
- * storing and reloading the accumulators continues the same chain. */
+/* The product of the table. One row takes four panels at a time: more streams from memory. Many
+ * rows go in blocks of DEPTH inputs, so that a block of panels stays in the nearest cache while the
+ * rows pass; storing and reloading the accumulators continues the same chain. */
 #define DEPTH 256
-static void product(const float *a, size_t lda, int m, const float *w, size_t stride, int panels, int k,
-                    const float *bias, float *c, size_t ldc) {
+static void product(const float *a, size_t lda, int m, const float *w, size_t stride, int panels,
+                    int k, const float *bias, float *c, size_t ldc) {
     int tiles = (m + ROWS - 1) / ROWS, step = m == 1 ? 4 : PANELS, depth = m == 1 ? k : DEPTH;
     for (int p = 0; p < k; p += depth) {
         if (depth > k - p) depth = k - p;
@@ -712,8 +712,8 @@ int tg_logits(tg_session *s, int first, int count, const float **logits) {
     const float *const *last = s->model->tensors + LAYERS + c->n_layer * LAYER;
     const float *head[] = {c->tied ? s->model->tensors[WTE] : last[LM_HEAD], NULL};
     if (!enter(s)) return TG_BUSY;
-    if (!s->n || s->layer < c->n_layer || first < 0 || first > s->n - count || count < 1 ||
-        count > LOGIT_ROWS)
+    if (!s->n || s->layer < c->n_layer || count < 1 || count > LOGIT_ROWS || first < 0 ||
+        first > s->n - count)
         return leave(s, TG_BAD_ARGUMENT);
     norm(s, last + LN_F, first, count);
     linear(s, count, s->a, c->n_embd, head, c->vocab_size, s->logits, NULL, NULL);
@@ -830,7 +830,8 @@ static size_t lay_out(tg_session *s, char *base) {
     size_t heads = (size_t)c->n_layer * c->n_head, d = s->model->head_size, size = 0;
     size_t words = up(c->vocab_size);
 #define PLACE(field, count) \
-    s->field = (void *)(base + size), size += ((count) * sizeof *s->field + 63) / 64 * 64
+    s->field = base ? (void *)(base + size) : NULL, \
+    size += ((count) * sizeof *s->field + 63) / 64 * 64
     PLACE(keys, heads * up(c->n_positions) * d), PLACE(values, heads * c->n_positions * up(d));
     PLACE(x, s->chunk * s->wide), PLACE(a, s->chunk * s->wide), PLACE(h, s->chunk * s->wide);
     PLACE(weights, s->model->threads * ATTENTION_ROWS * s->reach);
@@ -857,4 +858,155 @@ void tg_session_free(tg_session *session) {
     if (session) free(session->memory);
     free(session);
 }
+
+#ifdef TG_STANDALONE
+/* -------------------------------------------------------------------------------------------------
+ * 9. The command. It trusts no file: the configuration in its header says what all else must be.
+ * ---------------------------------------------------------------------------------------------- */
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#define FAIL(code, ...) (fprintf(stderr, "tinygpt2: error: " __VA_ARGS__), exit(code))
+#define REFUSE(what, ...) FAIL(1, "%s: " what "\n", path, __VA_ARGS__)
+static const char *path, *at, *bytes; /* the file, how far its header was read, all tokens' bytes */
+static const uint32_t *places;        /* where each token's bytes begin; NULL: no tokenizer */
+static size_t data, place;            /* where the tensors begin; from there on, the next one */
+static int vocab, eos, bos, held;     /* held: bytes of a character whose end is to come */
+
+/* Where the next tensor lies: a x b x c numbers (0: not there), c padded; the header must agree. */
+static int64_t tensor(const char *name, int layer, const char *type, size_t a, size_t b, size_t c) {
+    char full[40], shape[64], text[200];
+    size_t size = type[1] == '8' ? 1 : 4, from = place;
+    c = (c * size + 63) / 64 * 64 / size, place += (a ? a : 1) * (b ? b : 1) * c * size;
+    snprintf(full, sizeof full, name, layer), snprintf(shape, sizeof shape, "%zu,%zu,%zu", a, b, c);
+    snprintf(text, sizeof text, ",'%s':{'dtype':'%s','shape':[%s],'data_offsets':[%zu,%zu]}", full,
+             type, shape + 2 * (!a + !b), from, place);
+    if (strncmp(at, text, strlen(text))) REFUSE("header: expected %s, found %.99s", text, at);
+    return at += strlen(text), data + from;
+}
+
+/* Map the file, check all in it that is used, and open the model. */
+static tg_model *open_model(int threads) {
+    static int64_t offsets[9999 * LAYER + 5], *next = offsets;
+    static char text[1 << 24], *out = text;
+    int file = open(path, O_RDONLY | O_NONBLOCK), i = 0, n_bytes; /* a pipe would make it wait */
+    size_t size = file < 0 ? 0 : lseek(file, 0, SEEK_END);
+    const char *map = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+    if (map == MAP_FAILED) fputs("tinygpt2: error: ", stderr), perror(path), exit(1);
+    if (size < 64 || (memcpy(&data, map, 8), data > size - 8) || data >= 1 << 24 || data % 64 != 56)
+        REFUSE("header length: expected 56, 120, 184, below %zu, found %zu", size, data);
+    for (const char *p = map + 8; p < map + 8 + data; p++) /* no blanks, no \ of JSON in JSON */
+        if (*p > ' ' && *p < 127 && *p != '\\') *out++ = *p == '"' ? '\'' : *p;
+    tg_config c;
+    char bend[9], eps[32], scale[6], deep[6], tied[6], first[9], last[9], merges[10];
+    int known = sscanf(text, "{'__metadata__':{'format':'tinygpt2','format_version':'1','config':'{"
+        "'vocab_size':%8d,'n_positions':%8d,'n_embd':%6d,'n_layer':%4d,'n_head':%4d,'n_inner':%7d,"
+        "'activation_function':'%8[a-z_]','layer_norm_epsilon':%31[0-9.e-],'scale_attn_weights':"
+        "%5[truefals],'scale_attn_by_inverse_layer_idx':%5[truefals],'tie_word_embeddings':"
+        "%5[truefals],'bos_token_id':%8[0-9nul],'eos_token_id':%8[0-9nul],'n_merges':%9[0-9nul],"
+        "'n_token_bytes':%9d", &c.vocab_size, &c.n_positions, &c.n_embd, &c.n_layer, &c.n_head,
+        &c.n_inner, bend, eps, scale, deep, tied, first, last, merges, &n_bytes);
+    at = strstr(text, ",'wte.weight'"), data += 8;
+    if (!at || known < 15 || c.n_positions < 1 || c.n_embd < 1 || c.n_layer < 1 || c.n_head < 1 ||
+        c.n_inner < 1 || n_bytes < 0 || c.n_embd % c.n_head || atoi(first) >= c.vocab_size ||
+        atoi(last) >= c.vocab_size || !(atof(eps) >= 0 && atof(eps) < 1) ||
+        (strcmp(bend, "gelu_new") && strcmp(bend, "gelu") && strcmp(bend, "relu")))
+        REFUSE("header: expected format tinygpt2 1 and a GPT-2's config, found %.999s", text);
+    c.activation = *bend == 'r' ? TG_RELU : bend[4] ? TG_GELU_NEW : TG_GELU, c.tied = *tied == 't';
+    c.scale_attn_weights = *scale == 't', c.scale_attn_by_inverse_layer_idx = *deep == 't';
+    c.layer_norm_epsilon = (float)atof(eps), vocab = c.vocab_size;
+    bos = *first == 'n' ? -1 : atoi(first), eos = *last == 'n' ? -1 : atoi(last);
+    size_t e = c.n_embd, inner = c.n_inner, words = c.vocab_size;
+#define F32(name, a, b, c) *next++ = tensor(name, i, "F32", a, b, c)
+#define NORM(name) F32(name ".weight", 0, 0, e), F32(name ".bias", 0, 0, e)
+#define LINEAR(name, n, k) F32(name ".weight", up(n) / 16, k, 16), F32(name ".bias", 0, 0, n)
+    F32("wte.weight", up(words) / 16, e, 16), F32("wpe.weight", 0, c.n_positions, e);
+    for (; i < c.n_layer; i++)
+        NORM("h.%d.ln_1"), LINEAR("h.%d.attn.c_attn", 3 * e, e), LINEAR("h.%d.attn.c_proj", e, e),
+        NORM("h.%d.ln_2"), LINEAR("h.%d.mlp.c_fc", inner, e), LINEAR("h.%d.mlp.c_proj", e, inner);
+    NORM("ln_f");
+    if (!c.tied) F32("lm_head.weight", up(words) / 16, e, 16);
+    if (*merges != 'n') bytes = map + tensor("vocab.bytes", 0, "U8", 0, 0, n_bytes);
+    if (bytes) places = (const void *)(map + tensor("vocab.offsets", 0, "U32", 0, 0, words + 1));
+    if (data + place > size) REFUSE("expected %zu bytes, found %zu", data + place, size);
+    for (size_t t = 0; places && t <= words; t++)
+        if (places[t] > (t < words ? places[t + 1] : (uint32_t)n_bytes))
+            REFUSE("vocab.offsets: expected them to rise to %d, found %u", n_bytes, places[t]);
+    tg_model *m = tg_model_new(&c, map, offsets, NULL, threads);
+    return m ? m : (FAIL(2, "TINYGPT2_ISA: expected what this processor has, found another\n"), m);
+}
+
+/* Print a token up to its last whole character, or only remember the rest; as Python decodes. */
+static void say(int token, int quiet) {
+    static unsigned char b[4];
+    for (uint32_t i = places[token]; i < places[token + 1]; i++) {
+        int c = (unsigned char)bytes[i], lead = held == 1 ? *b : 0;
+        int low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+        int high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+        if (held && (c < low || c > high)) held = 0, fputs(quiet ? "" : "\uFFFD", stdout);
+        b[held++] = (unsigned char)c;
+        int size = *b < 0x80 ? 1 : *b < 0xC2 || *b > 0xF4 ? 0 : 2 + (*b > 0xDF) + (*b > 0xEF);
+        if (held < size) continue;
+        fwrite(size ? (char *)b : "\uFFFD", 1, quiet ? 0 : size ? size : 3, stdout), held = 0;
+    }
+}
+
+int main(int count, char **arguments) {
+    tg_options o = {.temperature = 0.8, .top_p = 1, .repetition_penalty = 1, .top_k = 40};
+    const char *ids = NULL, *a = "the end", *wish = getenv("TINYGPT2_THREADS");
+    double most = 200, threads = wish && *wish ? atoi(wish) : sysconf(_SC_NPROCESSORS_ONLN);
+    int print_ids = 0, n = 0, done = 0, part, start;
+    uint64_t seed = nanoseconds();
+#ifdef CPU_COUNT
+    cpu_set_t set;
+    if (!(wish && *wish) && !sched_getaffinity(0, sizeof set, &set)) threads = CPU_COUNT(&set);
+#endif
+    for (int i = 1; i < count; i++) {
+        char *end, *v = arguments[i + 1] ? arguments[i + 1] : "";
+        double x = strtod(v, &end);
+        int ok = *v && !*end, whole = ok && !v[strspn(v, "-0123456789")], natural = whole && x >= 0;
+#define OPT(name, good) else if (!strcmp(a, "--" #name) && (good) && ++i < count)
+        if (!strcmp(a = arguments[i], "--print-ids")) print_ids = 1;
+        OPT(ids, 1) ids = v; OPT(threads, natural && x >= 1 && x <= MAX_THREADS) threads = x;
+        OPT(max-tokens, natural) most = x; OPT(top-k, natural) o.top_k = (int)fmin(x, 1e9);
+        OPT(temperature, ok && x >= 0 && x <= 1e6) o.temperature = x;
+        OPT(seed, whole) for (seed = 0, end = v + (*v == '-'); *end; end++) /* modulo 2^64 */
+            seed = seed * 10 + (uint64_t)(*v == '-' ? '0' - *end : *end - '0');
+        else if (*a != '-' && !path) path = a;
+        else ids = NULL, count = 0;
+    }
+    if (!path || !ids)
+        FAIL(2, "expected FILE.tg2 --ids \"15 99\" [--max-tokens N] [--temperature T] [--top-k K] "
+             "[--seed N] [--threads N] [--print-ids], found something else at %s\n", a);
+    if (threads < 1) FAIL(2, "TINYGPT2_THREADS: expected a number from 1 to 256, found %s\n", wish);
+    tg_model *m = open_model((int)threads);
+    tg_session *s = tg_session_new(m, tg_chunk(m));
+    int32_t room = m->config.n_positions, *tokens = malloc((room + 1) * sizeof *tokens);
+    if (!s || !tokens) FAIL(1, "out of memory\n");
+    if (!places && !print_ids) FAIL(2, "%s: no tokenizer inside: use --print-ids\n", path);
+    for (char *end; *(ids += strspn(ids, " ,\t\n")); ids = end) {
+        long long id = strtoll(ids, &end, 10);
+        if (!strchr(" ,\t\n", *end) || id < 0 || id >= vocab || n == room)
+            FAIL(2, "--ids: expected at most %d numbers below %d, found %.40s\n", room, vocab, ids);
+        tokens[n++] = (int32_t)id;
+    }
+    for (int i = n < 4 ? 0 : n - 4; !print_ids && i < n; i++) say(tokens[i], 1);
+    if (!n && (tokens[n++] = eos < 0 ? bos : eos) < 0) FAIL(2, "--ids: expected one, found none\n");
+    for (start = n; n - start < most && done < room; done += part) {
+        part = n - done < s->chunk ? n - done : s->chunk;
+        if (tg_forward(s, tokens + done, part, done)) while (tg_forward(s, NULL, 0, 0)) {}
+        if (done + part < n) continue;
+        if (tg_logits(s, part - 1, 1, &(const float *){0})) REFUSE("%s", "NaN or infinite logits");
+        uint64_t z = seed += 0x9E3779B97F4A7C15; /* SplitMix64, as in the Python module */
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9, z = (z ^ z >> 27) * 0x94D049BB133111EB;
+        o.uniform = (double)((z ^ z >> 31) >> 11) * 0x1p-53;
+        if ((tokens[n] = tg_choose(s, &o)) == eos) break;
+        print_ids ? (void)printf("%d ", tokens[n]) : say(tokens[n], 0), n++, fflush(stdout);
+    }
+    puts(n > start && held ? "\uFFFD" : "");
+    if (n - start < most && done == room)
+        fprintf(stderr, "tinygpt2: stopped: all %d positions of the context are used\n", room);
+}
+#endif
 #endif
