@@ -5,36 +5,26 @@
  * Non-goals  Training, other number formats, other architectures, a BLAS.
  *
  * The rule behind the equal bits: vector lanes run over outputs, so every output is one chain of
- * fused multiply-adds over its inputs, in order. No width, tile, thread or chunk can change it.
- * Where numbers are summed across lanes (layer norm, softmax) it is in 16 lanes, lane = index
- * modulo 16, joined by one fixed tree; exp and erfc are polynomials of our own.
+ * fused multiply-adds over its inputs, in order. Sums across lanes (layer norm, softmax) are in 16
+ * lanes, lane = index modulo 16, joined by one fixed tree; exp and erfc are polynomials of our own.
  *
- * build.py compiles this file once for each instruction set, -DTG_ISA=avx512|avx2|neon|portable,
- * which gives one table of operations, and once without for the rest: which table, threads, the
- * forward pass, the choice of a token; -DTG_STANDALONE adds a command. In C, these eight do it all:
- * tg_model_new, tg_session_new, tg_forward, tg_logits, tg_log_probability, tg_choose, and the two
- * that free. Nothing here prints, exits, or keeps a pointer to an argument but to the weights,
- * which must outlive the model.
+ * build.py compiles this once for each instruction set, -DTG_ISA=avx512|avx2|neon|portable, which
+ * gives a table of operations, and once without for the rest; -DTG_STANDALONE adds a command.
+ * Nothing here prints, exits, or keeps a pointer to an argument but to the weights.
  *
  * SPDX-License-Identifier: MIT */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
+#define _GNU_SOURCE 1
 #include <math.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-
 #define TG_API __attribute__((visibility("default")))
 #define LANES 16      /* outputs side by side in a panel */
 #define LOGIT_ROWS 48 /* rows of logits that a session holds at a time */
 #define MAX_THREADS 256
-
 enum { TG_GELU_NEW, TG_GELU, TG_RELU };
 enum { TG_DONE, TG_MORE, TG_BUSY, TG_BAD_ARGUMENT, TG_NOT_FINITE };
 
@@ -45,15 +35,14 @@ typedef struct {
 } tg_config;
 
 typedef struct {
-    double temperature, top_p, min_p, repetition_penalty;
-    double uniform; /* a random number from 0 to 1, 1 excluded */
+    double temperature, top_p, min_p, repetition_penalty, uniform; /* uniform: random, 0 <= u < 1 */
     const double *bias;                /* [n_bias] */
     const int32_t *bias_tokens, *seen; /* [n_bias], [n_seen], each without repetition */
     int32_t top_k, n_bias, n_seen;
 } tg_options;
 
-typedef struct tg_model tg_model;
-typedef struct tg_session tg_session;
+typedef struct tg_model tg_model;     /* a file's weights, for any number of sessions */
+typedef struct tg_session tg_session; /* one text: its keys and values, its logits */
 
 /* The operations of one instruction set. up(n) is n rounded up to whole 16 lanes; no vector needs
  * to be aligned, and nothing is read or written beyond the sizes that are told. */
@@ -64,9 +53,8 @@ typedef struct {
      * a and c are lda and ldc floats apart, panels of w `stride` floats. */
     void (*product)(const float *a, size_t lda, int m, const float *w, size_t stride, int panels,
                     int k, const float *bias, float *c, size_t ldc);
-    /* x[n]; weight, bias, y [up(n)] */
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon, int n,
-                       float *y);
+                       float *y);                            /* x[n]; weight, bias, y [up(n)] */
     void (*activate[3])(float *x, int n);                    /* in place, [up(n)] */
     float (*softmax)(float *x, int n, int end, float scale); /* in place, [up(end)]; see there */
     void (*log_sum)(const float *x, int n, float *top, float *sum); /* [n]: top + log(sum) */
@@ -80,14 +68,12 @@ TG_API const char *tg_version(void);
 TG_API const tg_kernels *tg_find_kernels(const char *wanted);
 TG_API const char *tg_isa_name(const char *wanted);
 /* `offsets`: byte positions in `file` of the tensors of a .tg2 file, in its order. They and the
- * sizes must have been checked. NULL: no such instruction set, or no memory. */
+ * sizes must have been checked; the file must outlive the model. NULL: no `isa`, or no memory. */
 TG_API tg_model *tg_model_new(const tg_config *config, const void *file, const int64_t *offsets,
                               const char *isa, int threads);
 TG_API void tg_model_free(tg_model *model);
-/* How many tokens to compute at a time at most, so that tg_forward can look at the clock. */
-TG_API int tg_chunk(const tg_model *model);
-/* With all memory that it ever uses: the cache of keys and values, which the system lends as it
- * is touched, and scratch space for `chunk` tokens. NULL: there is not that much. */
+TG_API int tg_chunk(const tg_model *model); /* how many tokens to compute at a time at most */
+/* With all memory that it ever uses, also to compute `chunk` tokens at a time. NULL: too much. */
 TG_API tg_session *tg_session_new(const tg_model *model, int chunk);
 TG_API void tg_session_free(tg_session *session);
 /* Compute n tokens at the positions from `start`; those before must have been computed. TG_MORE
@@ -100,85 +86,66 @@ TG_API double tg_log_probability(const tg_session *session, int row, int32_t tok
 /* The next token after the logits' row 0, or -1 if the bias rules out every one. */
 TG_API int32_t tg_choose(tg_session *session, const tg_options *options);
 
+_Static_assert(sizeof(size_t) == 8, "the largest models need sizes of 64 bits");
 static inline size_t up(size_t n) { return (n + LANES - 1) / LANES * LANES; }
 
 #ifdef TG_ISA
-/* -------------------------------------------------------------------------------------------------
- * 1. The vector vocabulary. An instruction set says how wide its registers are and how they
- *    multiply and add; the compiler's own vector types do the rest. v16 is sixteen floats in as many
- *    registers as that takes, and all that follows is written in it.
- * ---------------------------------------------------------------------------------------------- */
+/* ---- 1. The vector vocabulary -------------------------------------------------------------------
+ * The compiler's own vector types; an instruction set adds their width and its multiply-add. */
 #define INLINE static inline __attribute__((always_inline))
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
-#define TEXT_(a) #a
-#define TEXT(a) TEXT_(a)
-#define IS_avx512 1
-#define IS_avx2 2
-#define IS_neon 3
-#define IS_portable 4
-#define IS JOIN(IS_, TG_ISA)
+#define JOIN(a, b) a##b
+#define TEXT(a) #a
+#define EXPAND(macro, ...) macro(__VA_ARGS__)
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL _Pragma("GCC unroll 64")
 #endif
-/* ROWS x PANELS x 16 accumulators fill the registers of a tile. */
-#if IS == IS_avx512
+#define WIDTH_avx512 16 /* floats in a vector */
+#define WIDTH_avx2 8
+#define WIDTH_neon 4
+#define WIDTH_portable 1
+#define WIDTH EXPAND(JOIN, WIDTH_, TG_ISA)
+typedef float vec __attribute__((vector_size(4 * WIDTH)));
+typedef vec loose __attribute__((aligned(4), may_alias)); /* in memory, at any address */
+typedef int32_t bits __attribute__((vector_size(4 * WIDTH)));
+#if WIDTH == 16
 #include <immintrin.h>
-enum { WIDTH = 16, ROWS = 12, PANELS = 2 };
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#elif IS == IS_avx2
+#elif WIDTH == 8
 #include <immintrin.h>
-enum { WIDTH = 8, ROWS = 6, PANELS = 1 };
 #define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
-#elif IS == IS_neon
+#elif WIDTH == 4
 #include <arm_neon.h>
-enum { WIDTH = 4, ROWS = 6, PANELS = 1 };
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #else
-enum { WIDTH = 4, ROWS = 6, PANELS = 1 };
-#define FMA(a, b, c) (part){fmaf(a[0], b[0], c[0]), fmaf(a[1], b[1], c[1]), \
-                            fmaf(a[2], b[2], c[2]), fmaf(a[3], b[3], c[3])}
+#define FMA(a, b, c) (vec){fmaf((a)[0], (b)[0], (c)[0])}
 #endif
-typedef float part __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t bits __attribute__((vector_size(4 * WIDTH)));
-typedef struct { part p[LANES / WIDTH]; } v16;
-#define EACH UNROLL for (int i = 0; i < LANES / WIDTH; i++)
-INLINE part load(const float *x) { part a; memcpy(&a, x, sizeof a); return a; }
-INLINE v16 v_load(const float *x) { v16 a; EACH a.p[i] = load(x + i * WIDTH); return a; }
-INLINE void v_store(float *x, v16 a) { EACH memcpy(x + i * WIDTH, &a.p[i], sizeof(part)); }
-INLINE v16 v_set(float x) { v16 a; EACH a.p[i] = x - (part){0}; return a; } /* -0 - 0 is -0 */
-INLINE v16 v_add(v16 a, v16 b) { EACH a.p[i] += b.p[i]; return a; }
-INLINE v16 v_sub(v16 a, v16 b) { EACH a.p[i] -= b.p[i]; return a; }
-INLINE v16 v_mul(v16 a, v16 b) { EACH a.p[i] *= b.p[i]; return a; }
-INLINE v16 v_div(v16 a, v16 b) { EACH a.p[i] /= b.p[i]; return a; }
-INLINE v16 v_fma(v16 a, v16 b, v16 c) { EACH c.p[i] = FMA(a.p[i], b.p[i], c.p[i]); return c; }
+enum { PARTS = LANES / WIDTH };
+/* For all i below n in steps of a vector, whose place in sixteen lanes is `part`. */
+#define EACH(n) for (int from = 0; from < (n); from += LANES) \
+    UNROLL for (int part = 0, i = from; part < PARTS; part++, i += WIDTH)
+INLINE vec load(const float *x) { return *(const loose *)x; }
+INLINE void store(float *x, vec a) { *(loose *)x = a; }
+INLINE vec all(float x) { return x - (vec){0}; } /* as -0 - 0 is -0 */
 /* x > y ? a : b, so b where x or y is not a number */
-INLINE v16 v_pick(v16 x, v16 y, v16 a, v16 b) {
-    EACH {
-        bits above = x.p[i] > y.p[i];
-        a.p[i] = (part)((above & (bits)a.p[i]) | (~above & (bits)b.p[i]));
-    }
-    return a;
+INLINE vec pick(vec x, vec y, vec a, vec b) {
+    bits above = x > y;
+    return (vec)((above & (bits)a) | (~above & (bits)b));
 }
-INLINE v16 v_max(v16 a, v16 b) { return v_pick(a, b, a, b); }
-/* 2^n for a sum t = n + MAGIC, in whose low bits the whole number n stands. */
-#define MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds to a whole number */
-INLINE v16 v_pow2(v16 t) { EACH t.p[i] = (part)(((bits)t.p[i] << 23) + (127 << 23)); return t; }
-
-/* x[0 .. 16), where lanes from `count` on are not read but filled: the end of a vector */
-INLINE v16 v_load_some(const float *x, int count, float fill) {
-    if (count >= LANES) return v_load(x);
-    float lanes[LANES];
-    for (int i = 0; i < LANES; i++) lanes[i] = i < count ? x[i] : fill;
-    return v_load(lanes);
+INLINE vec max(vec a, vec b) { return pick(a, b, a, b); }
+INLINE vec minus_abs(vec a) { return pick(a, all(0), 0 - a, a); }
+/* The end of an array: lanes from `count` on are not read but filled. */
+INLINE vec load_some(const float *x, int count, float fill) {
+    vec a = count < WIDTH ? all(fill) : load(x);
+    for (int i = 0; i < count && count < WIDTH; i++) a[i] = x[i];
+    return a;
 }
 
 /* The sum of sixteen lanes by the one tree: those 8, 4, 2, 1 apart. */
-static float sum_lanes(v16 a) {
+INLINE float sum_of(const vec *lanes) {
     float x[LANES];
-    v_store(x, a);
+    EACH(LANES) store(x + i, lanes[part]);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
@@ -186,220 +153,179 @@ static float sum_lanes(v16 a) {
 
 static float max_of(const float *x, int n) {
     float lanes[LANES];
-    v16 top = v_set(-INFINITY);
-    for (int i = 0; i < n; i += LANES) top = v_max(v_load_some(x + i, n - i, -INFINITY), top);
-    v_store(lanes, top);
+    vec top[PARTS];
+    EACH(LANES) top[part] = all(-INFINITY);
+    EACH(n) top[part] = max(load_some(x + i, n - i, -INFINITY), top[part]);
+    EACH(LANES) store(lanes + i, top[part]);
     for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
     return lanes[0];
 }
 
-/* -------------------------------------------------------------------------------------------------
- * 2. The microkernel
- * ---------------------------------------------------------------------------------------------- */
+/* ---- 2. The microkernel -------------------------------------------------------------------------
+ * ROWS x PANELS x 16 sums fill the registers; DEPTH inputs of PANELS, the nearest cache. One row
+ * asks for its weights AHEAD inputs early, across pages, where the processor's prefetching ends. */
+enum { ROWS = WIDTH == 16 ? 12 : 6, PANELS = WIDTH == 16 ? 2 : 1, DEPTH = 256, AHEAD = 32 };
 
-/* A tile of rows x panels outputs, whose accumulators stay in registers over all k inputs. With
- * `rows` and `panels` constant where it is inlined, every loop but the one over k disappears. One
- * row is as fast as memory delivers w, so that is asked for AHEAD inputs early, across pages, where
- * the processor's own prefetching ends. */
-#define AHEAD 32
-INLINE void tile(int rows, int panels, const float *a, size_t lda, const float *w, size_t stride,
-                 int k, const float *init, size_t ldi, float *c, size_t ldc) {
-    v16 sum[ROWS][4];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int j = 0; j < panels; j++)
-            sum[r][j] = init ? v_load(init + r * ldi + j * LANES) : v_set(0);
-    for (int p = 0; p < k; p++) {
-        v16 b[4];
-        UNROLL for (int j = 0; j < panels; j++) {
-            b[j] = v_load(w + j * stride + (size_t)p * LANES);
-            if (rows == 1) __builtin_prefetch(w + j * stride + (size_t)(p + AHEAD) * LANES);
+typedef struct { /* c = init (NULL: zeros) + a[rows, k] x w[panels, k, 16], with their strides */
+    const float *a, *w, *init;
+    float *c;
+    size_t lda, stride, ldi, ldc, k;
+} operands;
+
+/* The sums stay in registers over all inputs: `rows` and `panels` are constants where this is
+ * inlined, so that only the loop over k remains. */
+INLINE void tile(int rows, int panels, operands o) {
+    vec sum[ROWS][4 * PARTS], b[4 * PARTS];
+#define EACH_SUM \
+    UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < panels * PARTS; j++)
+    EACH_SUM sum[r][j] = o.init ? load(o.init + r * o.ldi + j * WIDTH) : all(0);
+    for (size_t p = 0; p < o.k; p++, o.w += LANES) {
+        UNROLL for (int j = 0; j < panels * PARTS; j++) {
+            const float *w = o.w + j / PARTS * o.stride + j % PARTS * WIDTH;
+            if (rows == 1 && j % PARTS == 0) __builtin_prefetch(w + AHEAD * LANES);
+            b[j] = load(w);
         }
         UNROLL for (int r = 0; r < rows; r++) {
-            v16 x = v_set(a[r * lda + p]);
-            UNROLL for (int j = 0; j < panels; j++) sum[r][j] = v_fma(x, b[j], sum[r][j]);
+            vec x = all(o.a[r * o.lda + p]);
+            UNROLL for (int j = 0; j < panels * PARTS; j++) sum[r][j] = FMA(x, b[j], sum[r][j]);
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int j = 0; j < panels; j++) v_store(c + r * ldc + j * LANES, sum[r][j]);
+    EACH_SUM store(o.c + r * o.ldc + j * WIDTH, sum[r][j]);
 }
 
-static void any_tile(int rows, int panels, const float *a, size_t lda, const float *w,
-                     size_t stride, int k, const float *init, size_t ldi, float *c, size_t ldc) {
-#define TILE(r, j) tile(r, j, a, lda, w, stride, k, init, ldi, c, ldc)
-#define CASE(r, j) case r: if (panels == 1) TILE(r, 1); else TILE(r, j); break;
+static void any_tile(int rows, int panels, operands o) {
+#define TILE(r, most) case r: if (r > ROWS) break; \
+                              if (panels == 1) tile(r, 1, o); else tile(r, most, o); break;
     switch (rows) {
-        CASE(1, 4) CASE(2, PANELS) CASE(3, PANELS) CASE(4, PANELS) CASE(5, PANELS) CASE(6, PANELS)
-#if IS == IS_avx512
-        CASE(7, 2) CASE(8, 2) CASE(9, 2) CASE(10, 2) CASE(11, 2) CASE(12, 2)
-#endif
+        TILE(1, 4) TILE(2, PANELS) TILE(3, PANELS) TILE(4, PANELS) TILE(5, PANELS) TILE(6, PANELS)
+        TILE(7, 2) TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2)
     }
 }
 
-/* The product of the table. One row takes four panels at a time: more streams from memory. Many
- * rows go in blocks of DEPTH inputs, so that a block of panels stays in the nearest cache while the
- * rows pass; storing and reloading the accumulators continues the same chain. */
-#define DEPTH 256
+/* The product of the table, by tiles of nearly equal height. One row takes four panels at a time:
+ * more streams from memory. Storing and reloading sums between blocks continues their chains. */
 static void product(const float *a, size_t lda, int m, const float *w, size_t stride, int panels,
                     int k, const float *bias, float *c, size_t ldc) {
-    int tiles = (m + ROWS - 1) / ROWS, step = m == 1 ? 4 : PANELS, depth = m == 1 ? k : DEPTH;
+    int most = m == 1 ? 4 : PANELS, depth = m == 1 ? k : DEPTH;
     for (int p = 0; p < k; p += depth) {
         if (depth > k - p) depth = k - p;
         for (int j = 0, width; j < panels; j += width) {
-            width = panels - j < step ? 1 : step;
+            width = panels - j < most ? 1 : most;
             const float *block = w + j * stride + (size_t)p * LANES;
-            for (int t = 0; t < tiles; t++) {
-                int row = (int)((int64_t)m * t / tiles), end = (int)((int64_t)m * (t + 1) / tiles);
+            for (int row = 0, rows, left = (m + ROWS - 1) / ROWS; left; row += rows, left--) {
+                rows = (m - row) / left;
                 float *out = c + row * ldc + j * LANES;
                 const float *init = p ? out : bias ? bias + j * LANES : NULL;
-                any_tile(end - row, width, a + row * lda + p, lda, block, stride, depth, init,
-                         p ? ldc : 0, out, ldc);
+                any_tile(rows, width, (operands){a + row * lda + p, block, init, out, lda, stride,
+                                                 p ? ldc : 0, ldc, depth});
             }
         }
     }
 }
 
-/* -------------------------------------------------------------------------------------------------
- * 3. The small operations
- * ---------------------------------------------------------------------------------------------- */
-
+/* ---- 3. The small operations ----------------------------------------------------------------- */
 /* exp(x) for x <= 0, within 1 ulp or so; below -87 it is exp(-87), and NaN stays NaN. x is
  * n ln 2 + r with |r| <= ln 2 / 2, and exp(r) = 1 + r + r^2 p(r), p a minimax polynomial. */
-INLINE v16 v_exp(v16 x) {
-    static const float p[] = {1.381459688e-3f, 8.368716859e-3f, 4.166838807e-2f, 1.666652063e-1f,
-                              4.999999345e-1f};
-    x = v_max(v_set(-87.0f), x);
-    v16 t = v_fma(x, v_set(1.44269504f), v_set(MAGIC)), n = v_sub(t, v_set(MAGIC));
-    v16 r = v_fma(n, v_set(-0.693359375f), x); /* ln 2 in two parts, the first exact times n */
-    r = v_fma(n, v_set(2.12194440e-4f), r);
-    v16 sum = v_set(p[0]);
-    UNROLL for (int i = 1; i < 5; i++) sum = v_fma(sum, r, v_set(p[i]));
-    sum = v_add(v_fma(v_mul(r, r), sum, r), v_set(1.0f));
-    return v_mul(sum, v_pow2(t));
-}
-
-static void exp_all(float *x, int n) {
-    for (int i = 0; i < n; i += LANES) v_store(x + i, v_exp(v_load(x + i)));
-}
-
-INLINE v16 v_minus_abs(v16 x) { return v_pick(x, v_set(0), v_sub(v_set(0), x), x); }
-
-/* Ba et al. 2016, with epsilon inside the root. */
-static void layer_norm(const float *x, const float *weight, const float *bias, float epsilon, int n,
-                       float *y) {
-    v16 sum = v_set(0), squares = v_set(0);
-    for (int i = 0; i < n; i += LANES) sum = v_add(sum, v_load_some(x + i, n - i, 0));
-    float mean = sum_lanes(sum) / (float)n;
-    for (int i = 0; i < n; i += LANES) {
-        v16 d = v_sub(v_load_some(x + i, n - i, mean), v_set(mean));
-        squares = v_fma(d, d, squares);
-    }
-    v16 scale = v_set(1.0f / sqrtf(sum_lanes(squares) / (float)n + epsilon));
-    for (int i = 0; i < n; i += LANES) {
-        v16 d = v_sub(v_load_some(x + i, n - i, mean), v_set(mean));
-        v_store(y + i, v_fma(v_mul(d, scale), v_load(weight + i), v_load(bias + i)));
-    }
+INLINE vec v_exp(vec x) {
+    static const float p[] = {0.0013814597f, 0.008368717f, 0.04166839f, 0.16666521f, 0.49999994f};
+    const float round = 12582912.0f; /* 1.5 * 2^23: with it, t is n in the lowest bits */
+    x = max(all(-87), x);
+    vec t = FMA(x, all(1.44269504f), all(round)), n = t - round, sum = all(p[0]);
+    vec r = FMA(n, all(2.12194440e-4f), FMA(n, all(-0.693359375f), x)); /* ln 2 in two parts, */
+    UNROLL for (int i = 1; i < 5; i++) sum = FMA(sum, r, all(p[i])); /* the first exact times n */
+    return (FMA(r * r, sum, r) + 1) * (vec)(((bits)t << 23) + (127 << 23)); /* times 2^n */
 }
 
 /* 0.5 x (1 + tanh u) is x / (1 + exp(-2u)), or with e = exp(-2|u|), which cannot overflow,
  * x / (1 + e) for u > 0 and x e / (1 + e) otherwise: nothing cancels on either side. */
-static void gelu_new(float *x, int n) {
-    const v16 root = v_set(0.79788456f), cubic = v_set(0.79788456f * 0.044715f), one = v_set(1.0f);
-    for (int i = 0; i < n; i += LANES) {
-        v16 a = v_load(x + i), u = v_mul(a, v_fma(v_mul(a, a), cubic, root));
-        v16 e = v_exp(v_mul(v_minus_abs(u), v_set(2.0f)));
-        v_store(x + i, v_div(v_mul(a, v_pick(a, v_set(0), one, e)), v_add(one, e)));
-    }
+INLINE vec v_gelu_new(vec x) {
+    const float root = 0.79788456f, cubic = 0.79788456f * 0.044715f;
+    vec e = v_exp(2 * minus_abs(x * FMA(x * x, all(cubic), all(root))));
+    return x * pick(x, all(0), all(1), e) / (1 + e);
 }
 
 /* x P(Z <= x), with P(Z > |x|) = erfc(z) / 2 for z = |x| / sqrt 2, and erfc(z) = exp(-z^2) t q(t)
  * with t = 1 / (1 + 0.4 z) and a minimax polynomial q, exact to 7e-9 for z up to 9.4. What
  * rounding loses of x^2 is put back, as exp would magnify it. */
-static void gelu(float *x, int n) {
-    static const float q[] = {-0.03080066274f, 0.2046001047f, -0.5143945198f, 0.5683587286f,
-                              -0.3019029412f,  0.2815610921f, 0.1263649405f,  0.2156372753f,
-                              0.224864516f,    0.2257114731f};
-    const v16 one = v_set(1.0f), half = v_set(-0.5f);
-    for (int i = 0; i < n; i += LANES) {
-        v16 a = v_load(x + i);
-        v16 z = v_max(v_set(-13.0f), v_minus_abs(a)); /* -sqrt 2 z; beyond, erfc is nothing */
-        v16 square = v_mul(z, z), lost = v_fma(z, z, v_sub(v_set(0), square));
-        v16 e = v_exp(v_mul(square, half));
-        v16 t = v_div(one, v_fma(z, v_set(-0.4f * 0.70710678f), one)), sum = v_set(q[0]);
-        UNROLL for (int j = 1; j < 10; j++) sum = v_fma(sum, t, v_set(q[j]));
-        v16 above = v_mul(v_mul(v_mul(v_fma(v_mul(lost, half), e, e), t), sum), v_set(0.5f));
-        v_store(x + i, v_mul(a, v_pick(a, v_set(0), v_sub(one, above), above)));
-    }
+INLINE vec v_gelu(vec x) {
+    static const float q[] = {-0.030800663f, 0.20460011f, -0.5143945f, 0.5683587f, -0.30190295f,
+                              0.2815611f, 0.12636495f, 0.21563728f, 0.22486451f, 0.22571148f};
+    vec z = max(all(-13), minus_abs(x)); /* -sqrt 2 z; beyond, erfc is nothing */
+    vec square = z * z, lost = FMA(z, z, -square), e = v_exp(square * -0.5f);
+    vec t = 1 / FMA(z, all(-0.4f * 0.70710678f), all(1)), sum = all(q[0]);
+    UNROLL for (int i = 1; i < 10; i++) sum = FMA(sum, t, all(q[i]));
+    vec above = FMA(lost * -0.5f, e, e) * t * sum * 0.5f;
+    return x * pick(x, all(0), 1 - above, above);
 }
 
-static void relu(float *x, int n) {
-    for (int i = 0; i < n; i += LANES) v_store(x + i, v_max(v_set(0), v_load(x + i)));
+static void exp_all(float *x, int n) { EACH(n) store(x + i, v_exp(load(x + i))); }
+static void gelu_new(float *x, int n) { EACH(n) store(x + i, v_gelu_new(load(x + i))); }
+static void gelu(float *x, int n) { EACH(n) store(x + i, v_gelu(load(x + i))); }
+static void relu(float *x, int n) { EACH(n) store(x + i, max(all(0), load(x + i))); }
+
+/* Ba et al. 2016, with epsilon inside the root. */
+static void layer_norm(const float *x, const float *weight, const float *bias, float epsilon, int n,
+                       float *y) {
+    vec sum[PARTS] = {{0}}, squares[PARTS] = {{0}};
+    EACH(n) sum[part] += load_some(x + i, n - i, 0);
+    float mean = sum_of(sum) / (float)n;
+    EACH(n) store(y + i, load_some(x + i, n - i, mean) - mean);
+    EACH(n) squares[part] = FMA(load(y + i), load(y + i), squares[part]);
+    float scale = 1 / sqrtf(sum_of(squares) / (float)n + epsilon);
+    EACH(n) store(y + i, FMA(load(y + i) * scale, load(weight + i), load(bias + i)));
 }
 
-/* Scores to weights of attention: x[i] = exp(scale x[i] - their maximum) for i < n, and an exact
- * zero from n to up(end), for the positions that must not be seen. Returns the sum, by which the
- * caller divides later: there are fewer outputs than weights. */
+/* Scores to weights of attention: x[i] = exp(scale x[i] - their maximum) for i < n, then zeros, for
+ * the positions that must not be seen. The caller divides by the sum: outputs are fewer. */
 static float softmax(float *x, int n, int end, float scale) {
-    v16 top = v_set(scale * max_of(x, n)), sum = v_set(0);
-    for (int i = 0; i < n; i += LANES)
-        v_store(x + i, v_exp(v_sub(v_mul(v_load(x + i), v_set(scale)), top)));
+    vec sum[PARTS] = {{0}};
+    float top = scale * max_of(x, n);
+    EACH(n) store(x + i, v_exp(load(x + i) * scale - top));
     for (int i = n; i < (int)up(end); i++) x[i] = 0;
-    for (int i = 0; i < n; i += LANES) sum = v_add(sum, v_load(x + i));
-    return sum_lanes(sum);
+    EACH(n) sum[part] += load(x + i);
+    return sum_of(sum);
 }
 
 static void log_sum(const float *x, int n, float *top, float *sum) {
-    v16 s = v_set(0);
+    vec lanes[PARTS] = {{0}};
     *top = max_of(x, n);
-    for (int i = 0; i < n; i += LANES)
-        s = v_add(s, v_exp(v_sub(v_load_some(x + i, n - i, -INFINITY), v_set(*top))));
-    *sum = sum_lanes(s);
+    EACH(n) lanes[part] += v_exp(load_some(x + i, n - i, -INFINITY) - *top);
+    *sum = sum_of(lanes);
 }
 
 static int best(const float *x, int n) {
-    v16 zero = v_set(0); /* 0 x is 0 only for finite x */
-    for (int i = 0; i < n; i += LANES)
-        zero = v_fma(v_load_some(x + i, n - i, 0), v_set(0), zero);
-    if (!(sum_lanes(zero) == 0)) return -1;
+    vec zero[PARTS] = {{0}};
+    EACH(n) zero[part] += 0 * load_some(x + i, n - i, 0);
+    if (!(sum_of(zero) == 0)) return -1; /* 0 x is 0 only for finite x */
     float top = max_of(x, n);
-    int i = 0;
-    while (x[i] != top) i++;
-    return i;
+    for (n = 0; x[n] != top;) n++;
+    return n;
 }
 
-extern const tg_kernels JOIN(tg_kernels_, TG_ISA);
-const tg_kernels JOIN(tg_kernels_, TG_ISA) = {
-    TEXT(TG_ISA), IS == IS_portable ? 4e7 : 2e9, product, layer_norm, {gelu_new, gelu, relu},
-    softmax, log_sum, exp_all, best,
-};
+const tg_kernels EXPAND(JOIN, tg_kernels_, TG_ISA) = {
+    EXPAND(TEXT, TG_ISA), WIDTH == 1 ? 4e7 : 2e9, product, layer_norm,
+    {gelu_new, gelu, relu}, softmax, log_sum, exp_all, best};
 
 #else
-/* -------------------------------------------------------------------------------------------------
- * 4. Which instruction set
- * ---------------------------------------------------------------------------------------------- */
-#ifndef TG_VERSION
-#define TG_VERSION "unknown"
-#endif
+/* ---- 4. Which instruction set ---------------------------------------------------------------- */
+const char *tg_version(void) { return TG_VERSION; } /* build.py takes it from the Python module */
+
 extern const tg_kernels tg_kernels_avx512, tg_kernels_avx2, tg_kernels_neon, tg_kernels_portable;
-
-const char *tg_version(void) { return TG_VERSION; }
-
 /* The compiler's test asks CPUID for the instructions and XGETBV whether the system saves them. */
 const tg_kernels *tg_find_kernels(const char *wanted) {
-    const tg_kernels *found[3];
-    int n = 0;
+    const tg_kernels *found[3] = {&tg_kernels_portable}; /* the best one last */
+    int n = 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    int fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (fma && __builtin_cpu_supports("avx512f")) found[n++] = &tg_kernels_avx512;
-    if (fma) found[n++] = &tg_kernels_avx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        found[n++] = &tg_kernels_avx2;
+    if (n > 1 && __builtin_cpu_supports("avx512f")) found[n++] = &tg_kernels_avx512;
 #elif defined(__aarch64__)
     found[n++] = &tg_kernels_neon;
 #endif
-    found[n++] = &tg_kernels_portable;
     if (!wanted) wanted = getenv("TINYGPT2_ISA");
-    if (!wanted || !*wanted) return found[0];
-    for (int i = 0; i < n; i++)
-        if (!strcmp(found[i]->name, wanted)) return found[i];
+    while (n--)
+        if (!wanted || !*wanted || !strcmp(found[n]->name, wanted)) return found[n];
     return NULL;
 }
 
@@ -408,24 +334,98 @@ const char *tg_isa_name(const char *wanted) {
     return kernels ? kernels->name : NULL;
 }
 
-/* -------------------------------------------------------------------------------------------------
- * 5. Threads. One pool for the process, started when a forward pass first has work for it. A job is
- *    some units, which whoever is free takes one by one; what a unit gives depends not on whom.
- * ---------------------------------------------------------------------------------------------- */
-typedef struct task task;
-typedef void job(const task *t, int unit);
+/* ---- 5. Models and sessions ------------------------------------------------------------------ */
+enum { WTE, WPE, LAYERS }; /* the tensors in the file's order: these, the layers', the last */
+enum { LN_1, C_ATTN = 2, ATTN_PROJ = 4, LN_2 = 6, C_FC = 8, MLP_PROJ = 10, LAYER = 12 };
+enum { LN_F, LM_HEAD = 2 }; /* each but wte, wpe and lm_head is a weight and a bias */
+enum { ATTENTION_ROWS = 24 }; /* how many tokens' weights of attention are side by side */
+
+struct tg_model {
+    tg_config config;
+    const tg_kernels *kernels;
+    int threads, head_size;
+    const float *tensors[]; /* matrices [up(outputs) / 16, inputs, 16]; wpe [.., up(n_embd)] */
+};
+
+typedef struct { double score; float e; int32_t token; } candidate;
+struct tg_session {
+    _Alignas(64) const tg_model *model;
+    atomic_flag busy;
+    int chunk, n, start, layer; /* of the pass under way: tokens, where the first is, layers done */
+    int best, heap, all; /* after row 0 of the logits: the greedy choice; how many candidates */
+    size_t wide, reach; /* how far apart rows are: of x, a, h; of weights */
+    float *keys;        /* [n_layer, n_head, up(n_positions) / 16, head_size, 16]: by position */
+    float *values;      /* [n_layer, n_head, up(head_size) / 16, n_positions, 16] */
+    float *x;           /* [chunk, n_embd]: the residual stream */
+    float *a;           /* [chunk, n_embd]: what a layer norm, attention or the MLP makes of it */
+    float *h;           /* [chunk, 3 n_embd or n_inner] */
+    float *weights;     /* [threads, ATTENTION_ROWS, n_positions, then head_size]: of attention */
+    float *logits;      /* [LOGIT_ROWS, up(vocab_size)] */
+    float *e;           /* [up(vocab_size)]: for the choice of a token, as are */
+    candidate *candidates; /* [heap]: a heap, [all - heap]: what came out of it, the best last */
+};
+
+tg_model *tg_model_new(const tg_config *config, const void *file, const int64_t *offsets,
+                       const char *isa, int threads) {
+    const tg_kernels *kernels = tg_find_kernels(isa);
+    int n = LAYERS + config->n_layer * LAYER + LM_HEAD + !config->tied;
+    tg_model *m = kernels ? malloc(sizeof *m + n * sizeof *m->tensors) : NULL;
+    if (!m) return NULL;
+    m->config = *config, m->kernels = kernels, m->head_size = config->n_embd / config->n_head;
+    m->threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+    for (int i = 0; i < n; i++) m->tensors[i] = (const float *)((const char *)file + offsets[i]);
+    return m;
+}
+
+void tg_model_free(tg_model *model) { free(model); }
+void tg_session_free(tg_session *session) { free(session); }
+
+int tg_chunk(const tg_model *m) {
+    double layer = (double)m->config.n_embd * (4.0 * m->config.n_embd + 2.0 * m->config.n_inner);
+    return (int)fmax(1, fmin(256, m->kernels->budget / layer));
+}
+
+tg_session *tg_session_new(const tg_model *m, int chunk) {
+    const tg_config *c = &m->config;
+    size_t d = m->head_size, heads = (size_t)c->n_layer * c->n_head, words = up(c->vocab_size);
+    size_t widest = up(c->n_inner > 3 * c->n_embd ? c->n_inner : 3 * c->n_embd);
+    /* 64 bytes more in a row keep one column of many rows out of a single set of the cache. */
+    tg_session *s = NULL, new = {.model = m, .chunk = chunk, .wide = widest + LANES,
+                                 .reach = up(c->n_positions) + up(d) + LANES};
+    while (chunk > 0) { /* once to add up the sizes, in whole 64 bytes, once to give them memory */
+        uintptr_t end = (uintptr_t)s + sizeof new;
+#define PLACE(field, count) new.field = (void *)end, end += (count) * sizeof *new.field
+        PLACE(keys, heads * up(c->n_positions) * d), PLACE(values, heads * c->n_positions * up(d));
+        PLACE(x, chunk * new.wide), PLACE(a, chunk * new.wide), PLACE(h, chunk * new.wide);
+        PLACE(weights, m->threads * ATTENTION_ROWS * new.reach), PLACE(logits, LOGIT_ROWS * words);
+        PLACE(e, words), PLACE(candidates, words);
+        if (s) return memcpy(s, &new, sizeof new);
+        if (!(s = aligned_alloc(64, end))) break;
+    }
+    return NULL;
+}
+
+/* ---- 6. Threads ---------------------------------------------------------------------------------
+ * One pool for the process, started when a forward pass first has work for it. A job is some units,
+ * which whoever is free takes one by one; what a unit gives depends not on whom. */
+typedef struct { /* what the units of a job share; a job leaves out what it does not need */
+    tg_session *s;
+    const int32_t *tokens;        /* [m] */
+    const float *in, *const *w;   /* [m, k]; a weight [up(n) / 16, k, 16] and a bias [up(n)] */
+    float *out, *add;             /* [m, n]: h when `in` is a, or a when it is h; added to what */
+    void (*then)(float *x, int n);/* on the outputs */
+    int m, k, n, group;           /* group: how many of the n are in a unit */
+} task;
 
 static struct {
-    /* Who may help (16 bits), how many units, which is next (24 each): one word, so that taking a
-     * unit is one compare-and-swap. Who succeeds may read `run` and `t`, as they change only after
-     * every unit is done. */
+    /* Who may help (10 bits), how many units, which is next (27 each). Who takes a unit by
+     * compare-and-swap may read `run` and `t`: they change only after every unit is done. */
     _Alignas(64) _Atomic uint64_t ticket;
     _Alignas(64) _Atomic int done;
-    _Alignas(64) job *run;
+    _Alignas(64) void (*run)(const task *t, int unit);
     const task *t;
-    atomic_flag taken; /* by the one call that uses the pool */
-    int workers, prepared;
-    _Atomic char asleep[MAX_THREADS];
+    atomic_flag taken; /* by the one job that uses the pool */
+    int workers;
     pthread_mutex_t lock;
     pthread_cond_t wake;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
@@ -437,37 +437,28 @@ static int64_t nanoseconds(void) {
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-#if defined(__x86_64__)
-#define RELAX() __builtin_ia32_pause()
-#else
-#define RELAX() __asm__ volatile("" ::: "memory")
-#endif
-
-/* Whether the ticket t has a unit left for this thread. */
-static int offers(uint64_t t) {
-    return worker < (int)(t >> 48) && (t & 0xffffff) < (t >> 24 & 0xffffff);
+/* The ticket, if it has a unit left for this thread, else 0. */
+static uint64_t offer(void) {
+    uint64_t t = atomic_load(&pool.ticket), mask = (1 << 27) - 1;
+    return worker < (int)(t >> 54) && (t & mask) < (t >> 27 & mask) ? t : 0;
 }
 
 static void work(void) {
-    for (uint64_t t = atomic_load(&pool.ticket); offers(t);) {
-        if (!atomic_compare_exchange_weak(&pool.ticket, &t, t + 1)) continue;
-        pool.run(pool.t, (int)(t & 0xffffff));
-        atomic_fetch_add(&pool.done, 1);
-        t = atomic_load(&pool.ticket);
-    }
+    for (uint64_t t; (t = offer());)
+        if (atomic_compare_exchange_weak(&pool.ticket, &t, t + 1)) {
+            pool.run(pool.t, t & ((1 << 27) - 1));
+            atomic_fetch_add(&pool.done, 1);
+        }
 }
 
 /* A worker looks out for work for a fifth of a millisecond, which bridges the gaps between layers
  * and between tokens, then sleeps: an idle process uses no processor. */
 static void *worker_main(void *index) {
     for (worker = (int)(intptr_t)index;; work()) {
-        int64_t until = nanoseconds() + 200000;
-        while (!offers(atomic_load(&pool.ticket)) && nanoseconds() < until) RELAX();
-        if (offers(atomic_load(&pool.ticket))) continue;
+        for (int64_t until = nanoseconds() + 200000; !offer() && nanoseconds() < until;) {}
+        if (offer()) continue;
         pthread_mutex_lock(&pool.lock);
-        atomic_store(&pool.asleep[worker], 1);
-        while (!offers(atomic_load(&pool.ticket))) pthread_cond_wait(&pool.wake, &pool.lock);
-        atomic_store(&pool.asleep[worker], 0);
+        while (!offer()) pthread_cond_wait(&pool.wake, &pool.lock);
         pthread_mutex_unlock(&pool.lock);
     }
     return NULL;
@@ -475,163 +466,99 @@ static void *worker_main(void *index) {
 
 /* A forked child has none of its parent's threads: it starts its own when it needs them. */
 static void forget_workers(void) {
-    pool.workers = worker = 0;
-    atomic_store(&pool.ticket, 0);
-    memset((void *)pool.asleep, 0, sizeof pool.asleep);
+    memset((void *)&pool, 0, sizeof pool);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
-    atomic_flag_clear(&pool.taken);
 }
 
-/* Start the workers that are missing, deaf to signals, which are for the program's own threads.
- * Where the system gives fewer, fewer do the work. */
-static void start_workers(int threads) {
+/* Start the workers that are missing, deaf to signals. Where the system gives fewer, fewer work. */
+static void start_workers(int count) {
+    static int prepared;
     sigset_t all, old;
-    if (!pool.prepared) pool.prepared = !pthread_atfork(NULL, NULL, forget_workers);
+    if (!prepared) prepared = !pthread_atfork(NULL, NULL, forget_workers);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    for (pthread_t thread; pool.workers < threads - 1; pool.workers++) {
+    for (pthread_t thread; pool.workers < count; pool.workers++) {
         if (pthread_create(&thread, NULL, worker_main, (void *)(intptr_t)(pool.workers + 1))) break;
         pthread_detach(thread);
     }
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
-/* Compute all units of a job; `threads` above 1 says that the caller has taken the pool. Little
- * work (`cost` in multiply-adds) is not worth the wait for another processor. */
-static void parallel(int threads, int units, double cost, job *run, const task *t) {
-    int sleepers = 0, unit = 0;
-    if (threads < 2 || units < 2 || cost < 1e5) {
-        while (unit < units) run(t, unit++);
+/* Compute all units of a job. Who finds the pool taken works alone, and so does who has little work
+ * (`cost` in multiply-adds): it is not worth the wait for another processor. */
+static void parallel(void (*run)(const task *, int), const task *t, int units, double cost) {
+    int threads = t->s->model->threads;
+    if (threads < 2 || units < 2 || cost < 1e5 || atomic_flag_test_and_set(&pool.taken)) {
+        for (int unit = 0; unit < units; unit++) run(t, unit);
         return;
     }
-    if (pool.workers < threads - 1) start_workers(threads);
+    if (pool.workers < threads - 1) start_workers(threads - 1);
     pool.run = run, pool.t = t;
     atomic_store(&pool.done, 0);
-    atomic_store(&pool.ticket, (uint64_t)threads << 48 | (uint64_t)units << 24);
-    for (int i = 1; i < threads; i++) sleepers += atomic_load(&pool.asleep[i]);
-    if (sleepers) {
-        pthread_mutex_lock(&pool.lock);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.lock);
-    }
+    atomic_store(&pool.ticket, (uint64_t)threads << 54 | (uint64_t)units << 27);
+    pthread_mutex_lock(&pool.lock); /* nobody is between his last look and his sleep */
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
     work();
-    for (int spins = 0; atomic_load(&pool.done) < units; spins++)
-        if (spins < 1000) RELAX();
-        else sched_yield(); /* perhaps there are more threads than processors */
+    for (int64_t until = nanoseconds() + 50000; atomic_load(&pool.done) < units;)
+        if (nanoseconds() > until) sched_yield(); /* perhaps more threads than processors */
+    atomic_flag_clear(&pool.taken);
 }
 
-/* -------------------------------------------------------------------------------------------------
- * 6. The forward pass
- * ---------------------------------------------------------------------------------------------- */
-enum { WTE, WPE, LAYERS }; /* the tensors in the file's order: these, the layers', the last */
-enum { LN_1, C_ATTN = 2, ATTN_PROJ = 4, LN_2 = 6, C_FC = 8, MLP_PROJ = 10, LAYER = 12 };
-enum { LN_F, LM_HEAD = 2 }; /* each but wte, wpe and lm_head is a weight and a bias */
-enum { ATTENTION_ROWS = 24 };
-
-struct tg_model {
-    tg_config config;
-    const tg_kernels *kernels;
-    int threads, head_size;
-    const float *tensors[]; /* matrices [up(outputs) / 16, inputs, 16]; wpe [.., up(n_embd)] */
-};
-
-typedef struct { double score; float e; int32_t token; } candidate;
-
-struct tg_session {
-    const tg_model *model;
-    atomic_flag busy;
-    int chunk, threads;  /* threads: of the call under way, 1 if another had taken the pool */
-    int layer, n, start; /* of the pass under way: layers done, how many tokens, where the first */
-    int best;            /* the greedy choice after row 0 of the logits */
-    size_t wide, reach;  /* how far apart rows are: of x, a, h; of weights */
-    void *memory;        /* all that follows lies in it */
-    float *keys;         /* [n_layer, n_head, up(n_positions) / 16, head_size, 16]: by position */
-    float *values;       /* [n_layer, n_head, up(head_size) / 16, n_positions, 16] */
-    float *x;            /* [chunk, n_embd]: the residual stream */
-    float *a;            /* [chunk, n_embd]: what a layer norm, attention or the MLP makes of it */
-    float *h;            /* [chunk, 3 n_embd or n_inner] */
-    float *weights;      /* [threads, ATTENTION_ROWS, n_positions, then head_size]: of attention */
-    float *logits;       /* [LOGIT_ROWS, up(vocab_size)] */
-    float *e;            /* [vocab_size]: for the choice of a token, as are */
-    candidate *candidates; /* [vocab_size] */
-    int32_t *tokens;     /* [chunk] */
-};
-
-struct task { /* what the units of one job share: rows of the session, a layer, a matrix */
-    tg_session *s;
-    int first, count, layer, inputs, panels, group; /* group: panels in a unit */
-    const float *const *tensor;                     /* a weight and a bias */
-    const float *in;
-    float *out, *residual; /* residual: what the outputs are added to, or NULL */
-    size_t out_row;
-    void (*activate)(float *x, int n); /* on the outputs, or NULL */
-};
-
-/* out[count, 16 panels] = linear(in[count, inputs]), one group of panels */
+/* ---- 7. The forward pass --------------------------------------------------------------------- */
+/* out = in w + bias, for one group of outputs, and what comes after it */
 static void linear_unit(const task *t, int unit) {
-    int from = unit * t->group, panels = t->panels - from < t->group ? t->panels - from : t->group;
-    size_t stride = (size_t)t->inputs * LANES, row = t->s->wide;
-    const float *bias = t->tensor[1] ? t->tensor[1] + from * LANES : NULL;
-    float *out = t->out + from * LANES;
-    t->s->model->kernels->product(t->in, row, t->count, t->tensor[0] + from * stride, stride,
-                                  panels, t->inputs, bias, out, t->out_row);
-    for (int i = 0; i < t->count; i++, out += t->out_row) {
-        if (t->activate) t->activate(out, panels * LANES);
-        for (int c = 0; t->residual && c < panels * LANES; c++)
-            t->residual[i * row + from * LANES + c] += out[c];
+    size_t from = (size_t)unit * t->group, all = up(t->n), wide = t->s->wide, k = t->k;
+    size_t apart = t->out == t->s->logits ? all : wide;
+    int n = (int)(all - from) < t->group ? (int)(all - from) : t->group;
+    float *out = t->out + from;
+    t->s->model->kernels->product(t->in, wide, t->m, t->w[0] + from * k, k * LANES, n / LANES, t->k,
+                                  t->w[1] ? t->w[1] + from : NULL, out, apart);
+    for (int i = 0; i < t->m; i++, out += apart) {
+        if (t->then) t->then(out, n);
+        for (int j = 0; t->add && j < n; j++) t->add[i * wide + from + j] += out[j];
     }
 }
 
 /* Units of many panels, so that a processor reads long stretches of memory; many units, so that
  * none waits long for the last. */
-static void linear(tg_session *s, int count, const float *in, int inputs,
-                   const float *const *tensor, int outputs, float *out,
-                   void (*activate)(float *, int), float *residual) {
-    task t = {.s = s, .count = count, .inputs = inputs, .panels = (int)up(outputs) / LANES,
-              .group = 32, .tensor = tensor, .in = in, .out = out, .residual = residual,
-              .out_row = out == s->logits ? up(outputs) : s->wide, .activate = activate};
-    while (t.group > 1 && t.panels < t.group * s->threads * (t.group > 4 ? 8 : 2)) t.group /= 2;
-    parallel(s->threads, (t.panels + t.group - 1) / t.group, (double)count * inputs * outputs,
-             linear_unit, &t);
+static void linear(task t) {
+    int panels = (int)up(t.n) / LANES, group = 32;
+    while (group > 1 && panels < group * t.s->model->threads * (group > 4 ? 8 : 2)) group /= 2;
+    t.group = group * LANES;
+    if (!t.out) t.out = t.in == t.s->a ? t.s->h : t.s->a;
+    parallel(linear_unit, &t, (panels + group - 1) / group, (double)t.m * t.k * t.n);
+}
+
+/* a = layer norm of in */
+static void norm_unit(const task *t, int i) {
+    const tg_model *m = t->s->model;
+    m->kernels->layer_norm(t->in + i * t->s->wide, t->w[0], t->w[1], m->config.layer_norm_epsilon,
+                           m->config.n_embd, t->s->a + i * t->s->wide);
 }
 
 /* x = the token's embedding, which is one column of one panel, plus where it stands */
 static void embed_unit(const task *t, int i) {
-    const tg_session *s = t->s;
-    size_t token = s->tokens[i], n_embd = s->model->config.n_embd;
-    const float *wte = s->model->tensors[WTE] + token / LANES * n_embd * LANES + token % LANES;
-    const float *wpe = s->model->tensors[WPE] + (s->start + i) * up(n_embd);
-    for (size_t c = 0; c < n_embd; c++) s->x[i * s->wide + c] = wte[c * LANES] + wpe[c];
+    size_t token = t->tokens[i], d = t->s->model->config.n_embd;
+    const float *wte = t->s->model->tensors[WTE] + token / LANES * d * LANES + token % LANES;
+    const float *wpe = t->s->model->tensors[WPE] + (t->s->start + i) * up(d);
+    for (size_t e = 0; e < d; e++) t->s->x[i * t->s->wide + e] = wte[e * LANES] + wpe[e];
 }
 
-/* a = layer norm of x, which begins at the row `first` */
-static void norm_unit(const task *t, int i) {
-    const tg_session *s = t->s;
-    const tg_config *c = &s->model->config;
-    s->model->kernels->layer_norm(s->x + (t->first + i) * s->wide, t->tensor[0], t->tensor[1],
-                                  c->layer_norm_epsilon, c->n_embd, s->a + i * s->wide);
-}
-
-static void norm(tg_session *s, const float *const *tensor, int first, int count) {
-    task t = {.s = s, .first = first, .tensor = tensor};
-    parallel(s->threads, count, 4.0 * count * s->model->config.n_embd, norm_unit, &t);
-}
-
-/* a = what one head of each token gathers from the tokens up to itself. The keys and values go from
- * h into the cache; then, ATTENTION_ROWS tokens at a time, scores, weights, and values by weight.
- * Weights are zeros beyond a token's own position. */
+/* a = what one head of each token gathers from the tokens up to itself. Keys and values go from h
+ * into the cache; then, ATTENTION_ROWS tokens at a time, scores, weights, values by weight. */
 static void attention_unit(const task *t, int head) {
     const tg_session *s = t->s;
     const tg_config *c = &s->model->config;
     const tg_kernels *f = s->model->kernels;
-    size_t d = s->model->head_size, positions = c->n_positions, row = s->reach;
-    size_t which = (size_t)t->layer * c->n_head + head, to_keys = c->n_embd;
+    size_t d = s->model->head_size, positions = c->n_positions, wide = s->wide, reach = s->reach;
+    size_t which = (size_t)s->layer * c->n_head + head;
     float *keys = s->keys + which * up(positions) * d, *query = s->h + head * d;
     float *values = s->values + which * positions * up(d), *gathered = s->a + head * d;
-    float *p = s->weights + worker * ATTENTION_ROWS * row, *y = p + up(positions);
+    float *p = s->weights + worker * ATTENTION_ROWS * reach, *y = p + up(positions);
     for (int i = 0; i < s->n; i++) {
-        const float *key = query + i * s->wide + to_keys, *value = key + to_keys;
+        const float *key = query + i * wide + c->n_embd, *value = key + c->n_embd;
         size_t at = s->start + i;
         for (size_t e = 0; e < d; e++) {
             keys[(at / LANES * d + e) * LANES + at % LANES] = key[e];
@@ -639,90 +566,71 @@ static void attention_unit(const task *t, int head) {
         }
     }
     double scale = c->scale_attn_weights ? 1 / sqrt((double)d) : 1;
-    if (c->scale_attn_by_inverse_layer_idx) scale /= t->layer + 1;
-    for (int first = 0, m; first < s->n; first += m) {
-        m = s->n - first < ATTENTION_ROWS ? s->n - first : ATTENTION_ROWS;
-        int end = s->start + first + m;
-        f->product(query + first * s->wide, s->wide, m, keys, d * LANES, (int)up(end) / LANES,
-                   (int)d, NULL, p, row);
-        for (int i = 0; i < m; i++)
-            p[i * row + row - 1] = f->softmax(p + i * row, end - m + i + 1, end, (float)scale);
-        f->product(p, row, m, values, positions * LANES, (int)up(d) / LANES, end, NULL, y, row);
-        for (int i = 0; i < m; i++)
+    if (c->scale_attn_by_inverse_layer_idx) scale /= s->layer + 1;
+    for (int first = 0, n; first < s->n; first += n) {
+        n = s->n - first < ATTENTION_ROWS ? s->n - first : ATTENTION_ROWS;
+        int end = s->start + first + n;
+        float sum[ATTENTION_ROWS];
+        f->product(query + first * wide, wide, n, keys, d * LANES, (int)up(end) / LANES, (int)d,
+                   NULL, p, reach);
+        for (int i = 0; i < n; i++)
+            sum[i] = f->softmax(p + i * reach, end - n + i + 1, end, (float)scale);
+        f->product(p, reach, n, values, positions * LANES, (int)up(d) / LANES, end, NULL, y, reach);
+        for (int i = 0; i < n; i++)
             for (size_t e = 0; e < d; e++)
-                gathered[(first + i) * s->wide + e] = y[i * row + e] / p[i * row + row - 1];
+                gathered[(first + i) * wide + e] = y[i * reach + e] / sum[i];
     }
 }
 
 /* The transformer: attention, then the MLP, each added to x. */
-static void forward_layer(tg_session *s, int layer) {
+static void forward_layer(tg_session *s) {
     const tg_config *c = &s->model->config;
-    const float *const *w = s->model->tensors + LAYERS + layer * LAYER;
-    int n = s->n;
-    task t = {.s = s, .layer = layer};
-    norm(s, w + LN_1, 0, n);
-    linear(s, n, s->a, c->n_embd, w + C_ATTN, 3 * c->n_embd, s->h, NULL, NULL); /* h = q, k, v */
-    parallel(s->threads, c->n_head, (double)n * (s->start + n) * c->n_embd, attention_unit, &t);
-    linear(s, n, s->a, c->n_embd, w + ATTN_PROJ, c->n_embd, s->h, NULL, s->x);
-    norm(s, w + LN_2, 0, n);
-    linear(s, n, s->a, c->n_embd, w + C_FC, c->n_inner, s->h,
-           s->model->kernels->activate[c->activation], NULL);
-    linear(s, n, s->h, c->n_inner, w + MLP_PROJ, c->n_embd, s->a, NULL, s->x);
-}
-
-/* A session belongs to one call at a time; so does the pool, and who finds it taken works alone. */
-static int enter(tg_session *s) {
-    if (atomic_flag_test_and_set(&s->busy)) return 0;
-    s->threads = s->model->threads;
-    if (s->threads > 1 && atomic_flag_test_and_set(&pool.taken)) s->threads = 1;
-    return 1;
+    const float *const *w = s->model->tensors + LAYERS + s->layer * LAYER;
+    int m = s->n, d = c->n_embd, inner = c->n_inner;
+    void (*bend)(float *, int) = s->model->kernels->activate[c->activation];
+    parallel(norm_unit, &(task){.s = s, .in = s->x, .w = w + LN_1}, m, 4.0 * m * d);
+    linear((task){.s = s, .m = m, .in = s->a, .k = d, .w = w + C_ATTN, .n = 3 * d});
+    parallel(attention_unit, &(task){.s = s}, c->n_head, (double)m * (s->start + m) * d);
+    linear((task){.s = s, .m = m, .in = s->a, .k = d, .w = w + ATTN_PROJ, .n = d, .add = s->x});
+    parallel(norm_unit, &(task){.s = s, .in = s->x, .w = w + LN_2}, m, 4.0 * m * d);
+    linear((task){.s = s, .m = m, .in = s->a, .k = d, .w = w + C_FC, .n = inner, .then = bend});
+    linear((task){.s = s, .m = m, .in = s->h, .k = inner, .w = w + MLP_PROJ, .n = d, .add = s->x});
 }
 
 static int leave(tg_session *s, int result) {
-    if (s->threads > 1) atomic_flag_clear(&pool.taken);
     atomic_flag_clear(&s->busy);
     return result;
 }
 
-static int begin(tg_session *s, const int32_t *tokens, int n, int start) {
-    const tg_config *c = &s->model->config;
-    task t = {.s = s};
-    if (n < 1 || n > s->chunk || start < 0 || start > c->n_positions - n) return 0;
-    for (int i = 0; i < n; i++)
-        if (tokens[i] < 0 || tokens[i] >= c->vocab_size) return 0;
-    memcpy(s->tokens, tokens, n * sizeof *tokens);
-    s->n = n, s->start = start, s->layer = 0;
-    parallel(s->threads, n, 8.0 * n * c->n_embd, embed_unit, &t);
-    return 1;
-}
-
 int tg_forward(tg_session *s, const int32_t *tokens, int n, int start) {
+    const tg_config *c = &s->model->config;
     int64_t until = nanoseconds() + 20000000;
-    if (!enter(s)) return TG_BUSY;
-    if ((n || !s->n) && !begin(s, tokens, n, start)) return leave(s, TG_BAD_ARGUMENT);
-    while (s->layer < s->model->config.n_layer) {
-        forward_layer(s, s->layer++);
-        if (nanoseconds() > until) return leave(s, TG_MORE);
+    if (atomic_flag_test_and_set(&s->busy)) return TG_BUSY;
+    if (n || !s->n) {
+        int fits = n > 0 && n <= s->chunk && start >= 0 && start <= c->n_positions - n;
+        for (int i = 0; i < n && fits; i++) fits = tokens[i] >= 0 && tokens[i] < c->vocab_size;
+        if (!fits) return leave(s, TG_BAD_ARGUMENT);
+        s->n = n, s->start = start, s->layer = 0;
+        parallel(embed_unit, &(task){.s = s, .tokens = tokens}, n, 8.0 * n * c->n_embd);
     }
-    return leave(s, TG_DONE);
+    for (; s->layer < c->n_layer && nanoseconds() < until; s->layer++) forward_layer(s);
+    return leave(s, s->layer < c->n_layer ? TG_MORE : TG_DONE);
 }
 
 int tg_logits(tg_session *s, int first, int count, const float **logits) {
-    const tg_config *c = &s->model->config;
-    const float *const *last = s->model->tensors + LAYERS + c->n_layer * LAYER;
-    const float *head[] = {c->tied ? s->model->tensors[WTE] : last[LM_HEAD], NULL};
-    if (!enter(s)) return TG_BUSY;
-    if (!s->n || s->layer < c->n_layer || count < 1 || count > LOGIT_ROWS || first < 0 ||
-        first > s->n - count)
-        return leave(s, TG_BAD_ARGUMENT);
-    norm(s, last + LN_F, first, count);
-    linear(s, count, s->a, c->n_embd, head, c->vocab_size, s->logits, NULL, NULL);
-    *logits = s->logits;
-    for (int i = count - 1; i >= 0; i--) {
-        s->best = s->model->kernels->best(s->logits + i * up(c->vocab_size), c->vocab_size);
-        if (s->best < 0) return leave(s, TG_NOT_FINITE);
-    }
-    return leave(s, TG_DONE);
+    const tg_model *m = s->model;
+    const float *const *last = m->tensors + LAYERS + m->config.n_layer * LAYER;
+    const float *head[] = {m->config.tied ? m->tensors[WTE] : last[LM_HEAD], NULL};
+    int d = m->config.n_embd, size = m->config.vocab_size, best = 0;
+    if (atomic_flag_test_and_set(&s->busy)) return TG_BUSY;
+    int fits = s->n && s->layer == m->config.n_layer && count > 0 && count <= LOGIT_ROWS;
+    if (!fits || first < 0 || first > s->n - count) return leave(s, TG_BAD_ARGUMENT);
+    task norm = {.s = s, .in = s->x + first * s->wide, .w = last + LN_F};
+    parallel(norm_unit, &norm, count, 4.0 * count * d);
+    linear((task){.s = s, .m = count, .in = s->a, .k = d, .w = head, .n = size, .out = s->logits});
+    for (int i = count; i-- && best >= 0;) best = m->kernels->best(s->logits + i * up(size), size);
+    s->best = best, *logits = s->logits;
+    return leave(s, best < 0 ? TG_NOT_FINITE : TG_DONE);
 }
 
 double tg_log_probability(const tg_session *s, int row, int32_t token) {
@@ -732,9 +640,7 @@ double tg_log_probability(const tg_session *s, int row, int32_t token) {
     return (double)x[token] - top - log(sum);
 }
 
-/* -------------------------------------------------------------------------------------------------
- * 7. The choice of a token: the filters and the draw of the Python module's section 6
- * ---------------------------------------------------------------------------------------------- */
+/* ---- 8. The choice of a token: the filters and the draw of the Python module's section 6 ----- */
 static int before(candidate a, candidate b) {
     return a.score > b.score || (a.score == b.score && a.token < b.token);
 }
@@ -749,116 +655,48 @@ static void sink(candidate *c, int n, int i) {
     }
 }
 
-/* The i-th best of n, where *left are still in the heap: as they come out of it, they go behind the
- * rest, so that only as many are put in order as are looked at. */
-static const candidate *nth(candidate *c, int n, int *left, int i) {
-    while (n - *left <= i) {
-        candidate best = c[0];
-        c[0] = c[--*left], c[*left] = best;
-        sink(c, *left, 0);
-    }
-    return &c[n - 1 - i];
-}
-
-/* All tokens that are not ruled out, with bias and penalty, as a heap. Their number. */
-static int collect(const tg_session *s, const tg_options *o) {
+/* The i-th best candidate. Only as many are put in order as are looked at. */
+static candidate nth(tg_session *s, int i) {
     candidate *c = s->candidates;
-    int n = 0, size = s->model->config.vocab_size;
-    for (int t = 0; t < size; t++) c[t] = (candidate){s->logits[t], 0, t};
-    for (int i = 0; i < o->n_bias; i++) c[o->bias_tokens[i]].score += o->bias[i];
-    for (int i = 0; i < o->n_seen; i++) {
-        double *x = &c[o->seen[i]].score;
-        *x = *x < 0 ? *x * o->repetition_penalty : *x / o->repetition_penalty;
+    while (s->all - s->heap <= i) {
+        candidate best = c[0];
+        c[0] = c[--s->heap], c[s->heap] = best;
+        sink(c, s->heap, 0);
     }
-    for (int t = 0; t < size; t++)
-        if (c[t].score > -INFINITY) c[n++] = c[t];
-    for (int i = n / 2; i >= 0; i--) sink(c, n, i);
-    return n;
+    return c[s->all - 1 - i];
 }
 
 int32_t tg_choose(tg_session *s, const tg_options *o) {
-    if (o->temperature == 0 && !o->n_bias && !o->n_seen) return s->best;
     candidate *c = s->candidates;
-    int n = collect(s, o), left = n, kept = n, i = 0;
-    if (!n || o->temperature == 0) return n ? c[0].token : -1;
     double mass = 0, sum = 0, drawn = 0;
+    int n = 0, size = s->model->config.vocab_size, kept, i = 0;
+    if (o->temperature == 0 && !o->n_bias && !o->n_seen) return s->best;
+    for (int t = 0; t < size; t++) c[t] = (candidate){s->logits[t], 0, t};
+    for (int t = 0; t < o->n_bias; t++) c[o->bias_tokens[t]].score += o->bias[t];
+    for (int t = 0; t < o->n_seen; t++) {
+        double *score = &c[o->seen[t]].score;
+        *score = *score < 0 ? *score * o->repetition_penalty : *score / o->repetition_penalty;
+    }
+    for (int t = 0; t < size; t++)
+        if (c[t].score > -INFINITY) c[n++] = c[t]; /* not ruled out */
+    for (int t = n / 2; t >= 0; t--) sink(c, n, t);
+    s->heap = s->all = kept = n;
+    if (!n || o->temperature == 0) return n ? c[0].token : -1;
     for (int t = 0; t < n; t++) s->e[t] = (float)((c[t].score - c[0].score) / o->temperature);
     s->model->kernels->exp(s->e, n);
     for (int t = 0; t < n; t++) mass += c[t].e = s->e[t];
-    if (o->top_k > 0 && o->top_k < n) { /* and those as good as the k-th */
-        double least = nth(c, n, &left, o->top_k - 1)->score;
-        for (kept = 0, mass = 0; kept < n && nth(c, n, &left, kept)->score >= least; kept++)
-            mass += nth(c, n, &left, kept)->e;
-    }
+    if (o->top_k > 0 && o->top_k < n) /* and those as good as the k-th */
+        for (kept = 0, mass = 0; kept < n; mass += nth(s, kept++).e)
+            if (kept >= o->top_k && nth(s, kept).score < nth(s, kept - 1).score) break;
     if (o->top_p < 1 || o->min_p > 0) {
-        for (; i < kept; sum += nth(c, n, &left, i++)->e)
-            if (i && (sum >= o->top_p * mass || nth(c, n, &left, i)->e < o->min_p)) break;
+        for (; i < kept; sum += nth(s, i++).e)
+            if (i && (sum >= o->top_p * mass || nth(s, i).e < o->min_p)) break;
         kept = i, mass = sum;
     }
     for (i = 0; i < kept - 1; i++)
-        if ((drawn += nth(c, n, &left, i)->e) > o->uniform * mass) break;
-    return nth(c, n, &left, i)->token;
+        if ((drawn += nth(s, i).e) > o->uniform * mass) break;
+    return nth(s, i).token;
 }
-
-/* -------------------------------------------------------------------------------------------------
- * 8. Models and sessions
- * ---------------------------------------------------------------------------------------------- */
-tg_model *tg_model_new(const tg_config *config, const void *file, const int64_t *offsets,
-                       const char *isa, int threads) {
-    const tg_kernels *kernels = tg_find_kernels(isa);
-    int n = LAYERS + config->n_layer * LAYER + LM_HEAD + !config->tied;
-    tg_model *m = kernels ? malloc(sizeof *m + n * sizeof *m->tensors) : NULL;
-    if (!m) return NULL;
-    m->config = *config, m->kernels = kernels;
-    m->threads = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
-    m->head_size = config->n_embd / config->n_head;
-    for (int i = 0; i < n; i++) m->tensors[i] = (const float *)((const char *)file + offsets[i]);
-    return m;
-}
-
-void tg_model_free(tg_model *model) { free(model); }
-
-int tg_chunk(const tg_model *m) {
-    double layer = (double)m->config.n_embd * (4.0 * m->config.n_embd + 2.0 * m->config.n_inner);
-    double tokens = m->kernels->budget / layer;
-    return tokens < 1 ? 1 : tokens > 256 ? 256 : (int)tokens;
-}
-
-/* Lay out a session's memory from `base`; returns its size. */
-static size_t lay_out(tg_session *s, char *base) {
-    const tg_config *c = &s->model->config;
-    size_t heads = (size_t)c->n_layer * c->n_head, d = s->model->head_size, size = 0;
-    size_t words = up(c->vocab_size);
-#define PLACE(field, count) \
-    s->field = base ? (void *)(base + size) : NULL, \
-    size += ((count) * sizeof *s->field + 63) / 64 * 64
-    PLACE(keys, heads * up(c->n_positions) * d), PLACE(values, heads * c->n_positions * up(d));
-    PLACE(x, s->chunk * s->wide), PLACE(a, s->chunk * s->wide), PLACE(h, s->chunk * s->wide);
-    PLACE(weights, s->model->threads * ATTENTION_ROWS * s->reach);
-    PLACE(logits, LOGIT_ROWS * words), PLACE(e, words), PLACE(candidates, words);
-    PLACE(tokens, (size_t)s->chunk);
-    return size;
-}
-
-tg_session *tg_session_new(const tg_model *model, int chunk) {
-    const tg_config *c = &model->config;
-    tg_session *s = chunk > 0 ? calloc(1, sizeof *s) : NULL;
-    if (!s) return NULL;
-    s->model = model, s->chunk = chunk;
-    /* 64 bytes more in a row keep one column of many rows out of a single set of the cache. */
-    s->wide = up(c->n_inner > 3 * c->n_embd ? c->n_inner : 3 * c->n_embd) + LANES;
-    s->reach = up(c->n_positions) + up(model->head_size) + LANES;
-    s->memory = aligned_alloc(64, lay_out(s, NULL));
-    if (!s->memory) return free(s), NULL;
-    lay_out(s, s->memory);
-    return s;
-}
-
-void tg_session_free(tg_session *session) {
-    if (session) free(session->memory);
-    free(session);
-}
-
 #ifdef TG_STANDALONE
 /* -------------------------------------------------------------------------------------------------
  * 9. The command. It trusts no file: the configuration in its header says what all else must be.

@@ -14,6 +14,7 @@
  * SPDX-License-Identifier: MIT */
 #include "../kernels.c" /* whose head is the header */
 
+#include <dirent.h>
 #include <limits.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -330,6 +331,16 @@ static void test_two_sessions_in_two_threads(const answer *expected) {
     free_example(&e);
 }
 
+/* How many threads this process has; 0 where the system does not tell. */
+static int count_threads(void) {
+    DIR *folder = opendir("/proc/self/task");
+    int n = 0;
+    if (!folder) return 0;
+    for (struct dirent *entry; (entry = readdir(folder));) n += entry->d_name[0] != '.';
+    closedir(folder);
+    return n;
+}
+
 /* A child computes on, with threads of its own, whatever its parent's threads were doing. */
 static void test_fork(const answer *expected) {
     static talker talkers[2];
@@ -346,7 +357,7 @@ static void test_fork(const answer *expected) {
         if (!child) {
             alarm(60); /* ends a child that hangs */
             answer_text(s, largest, POSITIONS, 0, &got);
-            _exit(!!memcmp(&got, expected, sizeof got));
+            _exit(memcmp(&got, expected, sizeof got) || count_threads() == 1);
         }
         int status;
         CHECK(waitpid(child, &status, 0) == child);
@@ -458,13 +469,19 @@ static void test_bad_arguments(void) {
         CHECK(tg_forward(s, texts[i].tokens, texts[i].n, texts[i].start) == TG_BAD_ARGUMENT);
     const struct { int first, count; } rows[] = {
         {0, 0}, {0, -1}, {0, INT_MIN}, {0, 5}, {0, INT_MAX}, {3, 2}, {4, 1}, {-1, 1},
-        {INT_MIN, 1}, {INT_MAX, 1}, {0, LOGIT_ROWS + 1},
+        {INT_MIN, 1}, {INT_MAX, 1},
     };
     for (int i = 0; i < COUNT(rows); i++)
         CHECK(tg_logits(s, rows[i].first, rows[i].count, &logits) == TG_BAD_ARGUMENT);
     CHECK(tg_logits(s, 0, 4, &logits) == TG_DONE); /* all that has harmed nothing */
     tg_session_free(s);
     tg_session_free(NULL);
+    s = new_session(model, LOGIT_ROWS + 1);
+    int32_t many[LOGIT_ROWS + 1] = {0};
+    forward(s, many, COUNT(many), 0);
+    CHECK(tg_logits(s, 0, LOGIT_ROWS + 1, &logits) == TG_BAD_ARGUMENT);
+    CHECK(tg_logits(s, 1, LOGIT_ROWS, &logits) == TG_DONE);
+    tg_session_free(s);
     tg_model_free(model);
     tg_model_free(NULL);
     free_example(&e);
@@ -494,6 +511,18 @@ static void test_numbers_that_are_not_finite(void) {
         CHECK(tg_logits(s, 1, 1, &logits) == TG_NOT_FINITE);
         *place = right;
     }
+    /* A huge weight makes an infinity of the second row alone, if it fits that row. */
+    forward(s, tokens, 2, 0);
+    int fits = 0;
+    for (int i = 0; i < n_embd && !fits; i++) {
+        float *place = head + (last / LANES * n_embd + i) * LANES + last % LANES, right = *place;
+        *place = 3e38f;
+        fits = tg_logits(s, 0, 1, &logits) == TG_DONE &&
+               tg_logits(s, 1, 1, &logits) == TG_NOT_FINITE;
+        if (fits) CHECK(tg_logits(s, 0, 2, &logits) == TG_NOT_FINITE);
+        *place = right;
+    }
+    CHECK(fits);
     tg_session_free(s);
     tg_model_free(model);
     free_example(&e);

