@@ -730,7 +730,7 @@ static tg_model *open_model(int threads) {
     static char text[1 << 24], *out = text;
     int file = open(path, O_RDONLY | O_NONBLOCK), i = 0, n_bytes; /* a pipe would make it wait */
     size_t size = file < 0 ? 0 : lseek(file, 0, SEEK_END);
-    const char *map = mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
+    const char *map = file < 0 ? MAP_FAILED : mmap(NULL, size, PROT_READ, MAP_PRIVATE, file, 0);
     if (map == MAP_FAILED) fputs("tinygpt2: error: ", stderr), perror(path), exit(1);
     if (size < 64 || (memcpy(&data, map, 8), data > size - 8) || data >= 1 << 24 || data % 64 != 56)
         REFUSE("header length: expected 56, 120, 184, below %zu, found %zu", size, data);
@@ -745,15 +745,14 @@ static tg_model *open_model(int threads) {
         "%5[truefals],'bos_token_id':%8[0-9nul],'eos_token_id':%8[0-9nul],'n_merges':%9[0-9nul],"
         "'n_token_bytes':%9d", &c.vocab_size, &c.n_positions, &c.n_embd, &c.n_layer, &c.n_head,
         &c.n_inner, bend, eps, scale, deep, tied, first, last, merges, &n_bytes);
-    at = strstr(text, ",'wte.weight'"), data += 8;
-    if (!at || known < 15 || c.n_positions < 1 || c.n_embd < 1 || c.n_layer < 1 || c.n_head < 1 ||
-        c.n_inner < 1 || n_bytes < 0 || c.n_embd % c.n_head || atoi(first) >= c.vocab_size ||
-        atoi(last) >= c.vocab_size || !(atof(eps) >= 0 && atof(eps) < 1) ||
+    if (known < 15 || c.n_positions < 1 || c.n_embd < 1 || c.n_layer < 1 || c.n_head < 1 ||
+        c.n_inner < 1 || n_bytes < 0 || c.n_embd % c.n_head || !(atof(eps) >= 0 && atof(eps) < 1) ||
+        fmax(atoi(first), atoi(last)) >= c.vocab_size || !(at = strstr(text, ",'wte.weight'")) ||
         (strcmp(bend, "gelu_new") && strcmp(bend, "gelu") && strcmp(bend, "relu")))
         REFUSE("header: expected format tinygpt2 1 and a GPT-2's config, found %.999s", text);
     c.activation = *bend == 'r' ? TG_RELU : bend[4] ? TG_GELU_NEW : TG_GELU, c.tied = *tied == 't';
     c.scale_attn_weights = *scale == 't', c.scale_attn_by_inverse_layer_idx = *deep == 't';
-    c.layer_norm_epsilon = (float)atof(eps), vocab = c.vocab_size;
+    c.layer_norm_epsilon = (float)atof(eps), vocab = c.vocab_size, data += 8;
     bos = *first == 'n' ? -1 : atoi(first), eos = *last == 'n' ? -1 : atoi(last);
     size_t e = c.n_embd, inner = c.n_inner, words = c.vocab_size;
 #define F32(name, a, b, c) *next++ = tensor(name, i, "F32", a, b, c)
@@ -806,9 +805,9 @@ int main(int count, char **arguments) {
         int ok = *v && !*end, whole = ok && !v[strspn(v, "-0123456789")], natural = whole && x >= 0;
 #define OPT(name, good) else if (!strcmp(a, "--" #name) && (good) && ++i < count)
         if (!strcmp(a = arguments[i], "--print-ids")) print_ids = 1;
-        OPT(ids, 1) ids = v; OPT(threads, natural && x >= 1 && x <= MAX_THREADS) threads = x;
+        OPT(ids, 1) ids = v; OPT(temperature, ok && x >= 0 && x <= 1e6) o.temperature = x;
         OPT(max-tokens, natural) most = x; OPT(top-k, natural) o.top_k = (int)fmin(x, 1e9);
-        OPT(temperature, ok && x >= 0 && x <= 1e6) o.temperature = x;
+        OPT(threads, whole && x >= 1 && x <= MAX_THREADS) threads = x, wish = NULL;
         OPT(seed, whole) for (seed = 0, end = v + (*v == '-'); *end; end++) /* modulo 2^64 */
             seed = seed * 10 + (uint64_t)(*v == '-' ? '0' - *end : *end - '0');
         else if (*a != '-' && !path) path = a;
@@ -817,7 +816,8 @@ int main(int count, char **arguments) {
     if (!path || !ids)
         FAIL(2, "expected FILE.tg2 --ids \"15 99\" [--max-tokens N] [--temperature T] [--top-k K] "
              "[--seed N] [--threads N] [--print-ids], found something else at %s\n", a);
-    if (threads < 1) FAIL(2, "TINYGPT2_THREADS: expected a number from 1 to 256, found %s\n", wish);
+    if (wish && (wish[strspn(wish, "0123456789")] || threads < 1 || threads > MAX_THREADS))
+        FAIL(2, "TINYGPT2_THREADS: expected 1 to %d, found %s\n", MAX_THREADS, wish);
     tg_model *m = open_model((int)threads);
     tg_session *s = tg_session_new(m, tg_chunk(m));
     int32_t room = m->config.n_positions, *tokens = malloc((room + 1) * sizeof *tokens);
