@@ -641,8 +641,7 @@ def test_truncated_anywhere(either: Command, small_path: Path, tmp_path: Path) -
 def test_length_of_the_header(
     either: Command, small_path: Path, tmp_path: Path, length: int
 ) -> None:
-    """In the small file, and in one that is long enough for some; what it adds are zeros, which count
-    as blanks."""
+    """In the small file, and in one that is long enough for some, with zeros, which are blanks."""
     path = tmp_path / "bad.tg2"
     path.write_bytes(struct.pack("<Q", length) + small_path.read_bytes()[8:])
     assert "header" in refused(either, path)
