@@ -27,23 +27,19 @@
 #define MAX_THREADS 256
 enum { TG_GELU_NEW, TG_GELU, TG_RELU };
 enum { TG_DONE, TG_MORE, TG_BUSY, TG_BAD_ARGUMENT, TG_NOT_FINITE };
-
 typedef struct {
     int32_t vocab_size, n_positions, n_embd, n_layer, n_head, n_inner, activation;
     int32_t scale_attn_weights, scale_attn_by_inverse_layer_idx, tied;
     float layer_norm_epsilon;
 } tg_config;
-
 typedef struct {
     double temperature, top_p, min_p, repetition_penalty, uniform; /* uniform: random, 0 <= u < 1 */
     const double *bias;                /* [n_bias] */
     const int32_t *bias_tokens, *seen; /* [n_bias], [n_seen], each without repetition */
     int32_t top_k, n_bias, n_seen;
 } tg_options;
-
 typedef struct tg_model tg_model;     /* a file's weights, for any number of sessions */
 typedef struct tg_session tg_session; /* one text: its keys and values, its logits */
-
 /* The operations of one instruction set. up(n) is n rounded up to whole 16 lanes; no vector needs
  * to be aligned, and nothing is read or written beyond the sizes that are told. */
 typedef struct {
@@ -61,7 +57,6 @@ typedef struct {
     void (*exp)(float *x, int n);                            /* of x <= 0, in place, [up(n)] */
     int (*best)(const float *x, int n); /* [n]: where the largest is first; -1: not all finite */
 } tg_kernels;
-
 TG_API const char *tg_version(void);
 /* The table called `wanted` (NULL: $TINYGPT2_ISA, or else the best), and its name; NULL if this
  * processor or this build has none of that name. */
@@ -311,15 +306,20 @@ const tg_kernels EXPAND(JOIN, tg_kernels_, TG_ISA) = {
 const char *tg_version(void) { return TG_VERSION; } /* build.py takes it from the Python module */
 
 extern const tg_kernels tg_kernels_avx512, tg_kernels_avx2, tg_kernels_neon, tg_kernels_portable;
-/* The compiler's test asks CPUID for the instructions and XGETBV whether the system saves them. */
+#if defined(__x86_64__)
+#include <cpuid.h>
+/* CPUID tells what the processor can do, XGETBV whether the system saves the registers for it. */
+#endif
 const tg_kernels *tg_find_kernels(const char *wanted) {
     const tg_kernels *found[3] = {&tg_kernels_portable}; /* the best one last */
     int n = 1;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found[n++] = &tg_kernels_avx2;
-    if (n > 1 && __builtin_cpu_supports("avx512f")) found[n++] = &tg_kernels_avx512;
+    unsigned a, b = 0, c = 0, d, saved = 0;
+    if (__get_cpuid(1, &a, &b, &c, &d) && (c & bit_OSXSAVE))
+        __asm__("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+    int fma = (c & bit_FMA) && __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    if (fma && (b & bit_AVX2) && (saved & 6) == 6) found[n++] = &tg_kernels_avx2;
+    if (n > 1 && (b & bit_AVX512F) && (saved & 0xe6) == 0xe6) found[n++] = &tg_kernels_avx512;
 #elif defined(__aarch64__)
     found[n++] = &tg_kernels_neon;
 #endif
