@@ -1683,7 +1683,7 @@ class Session:
 class Model:
     """A mapped .tg2 file, its tokenizer and its backend. Shared by any number of sessions."""
 
-    def __init__(self, path: Path, backend: str | None, threads: int | None) -> None:
+    def __init__(self, path: Path, backend: Any, threads: Any) -> None:
         if backend is not None and backend not in BACKENDS:
             raise InputError(f"backend: expected None or one of {BACKENDS}, found {brief(backend)}")
         if threads is not None and not (is_count(threads) and 1 <= threads <= MAX_THREADS):
@@ -1852,15 +1852,13 @@ class Model:
         self.close()
 
 
-def load(
-    path: Path | None = None, *, backend: str | None = None, threads: int | None = None
-) -> Model:
+def load(path: Path | None = None, *, backend: Any = None, threads: Any = None) -> Model:
     """Open a .tg2 file, or the default model if none is named.
 
     Takes milliseconds: the file is mapped, not read. Raises `FormatError` if it is not a good one.
-    `backend` is what computes: "c" (the kernels that build.py makes), "numpy", or None for the
-    fastest there is. `threads` is how many processors it may use, $TINYGPT2_THREADS or all if
-    None; NumPy takes it only if this call is what imports NumPy.
+    `backend` (str) is what computes: "c" (the kernels that build.py makes), "numpy", or None for
+    the fastest there is. `threads` (int) is how many processors it may use, $TINYGPT2_THREADS or
+    all if None; NumPy takes it only if this call is what imports NumPy.
     """
     return Model(default_model() if path is None else path, backend, threads)
 
