@@ -158,30 +158,34 @@ static float max_of(const float *x, int n) {
 
 /* ---- 2. The microkernel -------------------------------------------------------------------------
  * ROWS x PANELS x 16 sums fill the registers; DEPTH inputs of PANELS, the nearest cache. One row
- * asks for its weights AHEAD inputs early, across pages, where the processor's prefetching ends. */
+ * asks for its weights AHEAD inputs early, across pages, where the processor's prefetching ends;
+ * up to FEW_TILES of rows ask for those of the next inputs: they wait for memory, too. */
 enum { ROWS = WIDTH == 16 ? 12 : 6, PANELS = WIDTH == 16 ? 2 : 1, DEPTH = 256, AHEAD = 32 };
+enum { FEW_TILES = 16, APART = DEPTH + LANES }; /* APART: between rows of a in a tile */
 
 typedef struct { /* c = init (NULL: zeros) + a[rows, k] x w[panels, k, 16], with their strides */
     const float *a, *w, *init;
     float *c;
-    size_t lda, stride, ldi, ldc, k;
+    size_t stride, ldi, ldc, k;
+    uintptr_t next, step; /* what to prefetch at each input, in bytes; step 0: nothing */
 } operands;
 
-/* The sums stay in registers over all inputs: `rows` and `panels` are constants where this is
- * inlined, so that only the loop over k remains. */
-INLINE void tile(int rows, int panels, operands o) {
+/* The sums stay in registers over all inputs: all but `o` are constants where this is inlined, so
+ * that only the loop over k remains. */
+INLINE void tile(int rows, int panels, int early, operands o) {
     vec sum[ROWS][4 * PARTS], b[4 * PARTS];
 #define EACH_SUM \
     UNROLL for (int r = 0; r < rows; r++) UNROLL for (int j = 0; j < panels * PARTS; j++)
     EACH_SUM sum[r][j] = o.init ? load(o.init + r * o.ldi + j * WIDTH) : all(0);
-    for (size_t p = 0; p < o.k; p++, o.w += LANES) {
+    for (size_t p = 0; p < o.k; p++, o.w += LANES, o.next += o.step) {
+        if (early) __builtin_prefetch((const void *)o.next, 0, 2);
         UNROLL for (int j = 0; j < panels * PARTS; j++) {
             const float *w = o.w + j / PARTS * o.stride + j % PARTS * WIDTH;
             if (rows == 1 && j % PARTS == 0) __builtin_prefetch(w + AHEAD * LANES);
             b[j] = load(w);
         }
         UNROLL for (int r = 0; r < rows; r++) {
-            vec x = all(o.a[r * o.lda + p]);
+            vec x = all(o.a[r * APART + p]);
             UNROLL for (int j = 0; j < panels * PARTS; j++) sum[r][j] = FMA(x, b[j], sum[r][j]);
         }
     }
@@ -189,30 +193,43 @@ INLINE void tile(int rows, int panels, operands o) {
 }
 
 static void any_tile(int rows, int panels, operands o) {
-#define TILE(r, most) case r: if (r > ROWS) break; \
-                              if (panels == 1) tile(r, 1, o); else tile(r, most, o); break;
+#define TILE(r, most) case r: if (r <= ROWS) { \
+        if (panels < most) tile(r, 1, 0, o); \
+        else if (WIDTH > 1 && o.step) tile(r, most, 1, o); \
+        else tile(r, most, 0, o); \
+    } break;
     switch (rows) {
         TILE(1, 4) TILE(2, PANELS) TILE(3, PANELS) TILE(4, PANELS) TILE(5, PANELS) TILE(6, PANELS)
         TILE(7, 2) TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2)
     }
 }
 
-/* The product of the table, by tiles of nearly equal height. One row takes four panels at a time:
- * more streams from memory. Storing and reloading sums between blocks continues their chains. */
+/* The product of the table, by tiles of nearly equal height. Storing and reloading sums between
+ * blocks of inputs continues their chains. Rows of a are first put side by side: they are fetched
+ * once for all panels, and at constant distances one register finds them all. One row takes four
+ * panels at a time: more streams from memory. */
 static void product(const float *a, size_t lda, int m, const float *w, size_t stride, int panels,
                     int k, const float *bias, float *c, size_t ldc) {
-    int most = m == 1 ? 4 : PANELS, depth = m == 1 ? k : DEPTH;
+    int most = m == 1 ? 4 : PANELS, depth = m == 1 ? k : DEPTH, tiles = (m + ROWS - 1) / ROWS;
+    int share = (tiles + PANELS - 1) / PANELS; /* of how many tiles one prefetches a panel */
+    float block[ROWS * APART];
     for (int p = 0; p < k; p += depth) {
         if (depth > k - p) depth = k - p;
-        for (int j = 0, width; j < panels; j += width) {
-            width = panels - j < most ? 1 : most;
-            const float *block = w + j * stride + (size_t)p * LANES;
-            for (int row = 0, rows, left = (m + ROWS - 1) / ROWS; left; row += rows, left--) {
-                rows = (m - row) / left;
+        for (int t = 0, row = 0, rows; t < tiles; t++, row += rows) {
+            rows = (m - row) / (tiles - t);
+            for (int r = 0; r < rows && m > 1; r++)
+                memcpy(block + r * APART, a + (row + r) * lda + p, depth * sizeof *a);
+            for (int j = 0, width; j < panels; j += width) {
+                width = panels - j < most ? 1 : most;
+                const float *from = w + j * stride + (size_t)p * LANES;
                 float *out = c + row * ldc + j * LANES;
                 const float *init = p ? out : bias ? bias + j * LANES : NULL;
-                any_tile(rows, width, (operands){a + row * lda + p, block, init, out, lda, stride,
-                                                 p ? ldc : 0, ldc, depth});
+                operands o = {m > 1 ? block : a, from, init, out, stride, p ? ldc : 0, ldc, depth,
+                              0, m > 1 && tiles <= FEW_TILES ? LANES * sizeof *w / share : 0};
+                size_t later = p + depth < k ? (size_t)depth * LANES : panels * stride - p * LANES;
+                o.next = (uintptr_t)from + (later + t / share * stride) * sizeof *w +
+                         t % share * depth * o.step;
+                any_tile(rows, width, o);
             }
         }
     }
@@ -338,7 +355,7 @@ const char *tg_isa_name(const char *wanted) {
 enum { WTE, WPE, LAYERS }; /* the tensors in the file's order: these, the layers', the last */
 enum { LN_1, C_ATTN = 2, ATTN_PROJ = 4, LN_2 = 6, C_FC = 8, MLP_PROJ = 10, LAYER = 12 };
 enum { LN_F, LM_HEAD = 2 }; /* each but wte, wpe and lm_head is a weight and a bias */
-enum { ATTENTION_ROWS = 24 }; /* how many tokens' weights of attention are side by side */
+enum { STEPS = 4, ATTENTION_ROWS = 24 }; /* how many tokens' weights of attention are side by side */
 
 struct tg_model {
     tg_config config;
@@ -351,9 +368,9 @@ typedef struct { double score; float e; int32_t token; } candidate;
 struct tg_session {
     _Alignas(64) const tg_model *model;
     atomic_flag busy;
-    int chunk, n, start, layer; /* of the pass under way: tokens, where the first is, layers done */
+    int chunk, n, start, step; /* of the pass under way: tokens, where the first is, steps done */
     int best, heap, all; /* after row 0 of the logits: the greedy choice; how many candidates */
-    size_t wide, reach; /* how far apart rows are: of x, a, h; of weights */
+    size_t narrow, wide, reach; /* how far apart rows are: of x and a; of h; of weights */
     float *keys;        /* [n_layer, n_head, up(n_positions) / 16, head_size, 16]: by position */
     float *values;      /* [n_layer, n_head, up(head_size) / 16, n_positions, 16] */
     float *x;           /* [chunk, n_embd]: the residual stream */
@@ -381,8 +398,8 @@ void tg_model_free(tg_model *model) { free(model); }
 void tg_session_free(tg_session *session) { free(session); }
 
 int tg_chunk(const tg_model *m) {
-    double layer = (double)m->config.n_embd * (4.0 * m->config.n_embd + 2.0 * m->config.n_inner);
-    return (int)fmax(1, fmin(256, m->kernels->budget / layer));
+    const tg_config *c = &m->config;
+    return (int)fmax(1, fmin(512, m->kernels->budget / c->n_embd / fmax(c->n_inner, 3 * c->n_embd)));
 }
 
 tg_session *tg_session_new(const tg_model *m, int chunk) {
@@ -390,13 +407,14 @@ tg_session *tg_session_new(const tg_model *m, int chunk) {
     size_t d = m->head_size, heads = (size_t)c->n_layer * c->n_head, words = up(c->vocab_size);
     size_t widest = up(c->n_inner > 3 * c->n_embd ? c->n_inner : 3 * c->n_embd);
     /* 64 bytes more in a row keep one column of many rows out of a single set of the cache. */
-    tg_session *s = NULL, new = {.model = m, .chunk = chunk, .wide = widest + LANES,
+    tg_session *s = NULL, new = {.model = m, .chunk = chunk, .narrow = up(c->n_embd) + LANES,
+                                 .wide = widest + LANES,
                                  .reach = up(c->n_positions) + up(d) + LANES};
     while (chunk > 0) { /* once to add up the sizes, in whole 64 bytes, once to give them memory */
         uintptr_t end = (uintptr_t)s + sizeof new;
 #define PLACE(field, count) new.field = (void *)end, end += (count) * sizeof *new.field
         PLACE(keys, heads * up(c->n_positions) * d), PLACE(values, heads * c->n_positions * up(d));
-        PLACE(x, chunk * new.wide), PLACE(a, chunk * new.wide), PLACE(h, chunk * new.wide);
+        PLACE(x, chunk * new.narrow), PLACE(a, chunk * new.narrow), PLACE(h, chunk * new.wide);
         PLACE(weights, m->threads * ATTENTION_ROWS * new.reach), PLACE(logits, LOGIT_ROWS * words);
         PLACE(e, words), PLACE(candidates, words);
         if (s) return memcpy(s, &new, sizeof new);
@@ -509,23 +527,25 @@ static void parallel(void (*run)(const task *, int), const task *t, int units, d
 /* ---- 7. The forward pass --------------------------------------------------------------------- */
 /* out = in w + bias, for one group of outputs, and what comes after it */
 static void linear_unit(const task *t, int unit) {
-    size_t from = (size_t)unit * t->group, all = up(t->n), wide = t->s->wide, k = t->k;
-    size_t apart = t->out == t->s->logits ? all : wide;
+    const tg_session *s = t->s;
+    size_t from = (size_t)unit * t->group, all = up(t->n), k = t->k;
+    size_t apart = t->out == s->logits ? all : t->out == s->h ? s->wide : s->narrow;
     int n = (int)(all - from) < t->group ? (int)(all - from) : t->group;
     float *out = t->out + from;
-    t->s->model->kernels->product(t->in, wide, t->m, t->w[0] + from * k, k * LANES, n / LANES, t->k,
-                                  t->w[1] ? t->w[1] + from : NULL, out, apart);
+    s->model->kernels->product(t->in, t->in == s->h ? s->wide : s->narrow, t->m,
+                               t->w[0] + from * k, k * LANES, n / LANES, t->k,
+                               t->w[1] ? t->w[1] + from : NULL, out, apart);
     for (int i = 0; i < t->m; i++, out += apart) {
         if (t->then) t->then(out, n);
-        for (int j = 0; t->add && j < n; j++) t->add[i * wide + from + j] += out[j];
+        for (int j = 0; t->add && j < n; j++) t->add[i * s->narrow + from + j] += out[j];
     }
 }
 
 /* Units of many panels, so that a processor reads long stretches of memory; many units, so that
  * none waits long for the last. */
 static void linear(task t) {
-    int panels = (int)up(t.n) / LANES, group = 32;
-    while (group > 1 && panels < group * t.s->model->threads * (group > 4 ? 8 : 2)) group /= 2;
+    int panels = (int)up(t.n) / LANES, group = 16;
+    while (group > 1 && panels < group * t.s->model->threads) group /= 2;
     t.group = group * LANES;
     if (!t.out) t.out = t.in == t.s->a ? t.s->h : t.s->a;
     parallel(linear_unit, &t, (panels + group - 1) / group, (double)t.m * t.k * t.n);
@@ -534,8 +554,9 @@ static void linear(task t) {
 /* a = layer norm of in */
 static void norm_unit(const task *t, int i) {
     const tg_model *m = t->s->model;
-    m->kernels->layer_norm(t->in + i * t->s->wide, t->w[0], t->w[1], m->config.layer_norm_epsilon,
-                           m->config.n_embd, t->s->a + i * t->s->wide);
+    size_t row = i * t->s->narrow;
+    m->kernels->layer_norm(t->in + row, t->w[0], t->w[1], m->config.layer_norm_epsilon,
+                           m->config.n_embd, t->s->a + row);
 }
 
 /* x = the token's embedding, which is one column of one panel, plus where it stands */
@@ -543,7 +564,7 @@ static void embed_unit(const task *t, int i) {
     size_t token = t->tokens[i], d = t->s->model->config.n_embd;
     const float *wte = t->s->model->tensors[WTE] + token / LANES * d * LANES + token % LANES;
     const float *wpe = t->s->model->tensors[WPE] + (t->s->start + i) * up(d);
-    for (size_t e = 0; e < d; e++) t->s->x[i * t->s->wide + e] = wte[e * LANES] + wpe[e];
+    for (size_t e = 0; e < d; e++) t->s->x[i * t->s->narrow + e] = wte[e * LANES] + wpe[e];
 }
 
 /* a = what one head of each token gathers from the tokens up to itself. Keys and values go from h
@@ -553,7 +574,7 @@ static void attention_unit(const task *t, int head) {
     const tg_config *c = &s->model->config;
     const tg_kernels *f = s->model->kernels;
     size_t d = s->model->head_size, positions = c->n_positions, wide = s->wide, reach = s->reach;
-    size_t which = (size_t)s->layer * c->n_head + head;
+    size_t which = (size_t)(s->step / STEPS) * c->n_head + head;
     float *keys = s->keys + which * up(positions) * d, *query = s->h + head * d;
     float *values = s->values + which * positions * up(d), *gathered = s->a + head * d;
     float *p = s->weights + worker * ATTENTION_ROWS * reach, *y = p + up(positions);
@@ -566,7 +587,7 @@ static void attention_unit(const task *t, int head) {
         }
     }
     double scale = c->scale_attn_weights ? 1 / sqrt((double)d) : 1;
-    if (c->scale_attn_by_inverse_layer_idx) scale /= s->layer + 1;
+    if (c->scale_attn_by_inverse_layer_idx) scale /= s->step / STEPS + 1;
     for (int first = 0, n; first < s->n; first += n) {
         n = s->n - first < ATTENTION_ROWS ? s->n - first : ATTENTION_ROWS;
         int end = s->start + first + n;
@@ -578,23 +599,35 @@ static void attention_unit(const task *t, int head) {
         f->product(p, reach, n, values, positions * LANES, (int)up(d) / LANES, end, NULL, y, reach);
         for (int i = 0; i < n; i++)
             for (size_t e = 0; e < d; e++)
-                gathered[(first + i) * wide + e] = y[i * reach + e] / sum[i];
+                gathered[(first + i) * s->narrow + e] = y[i * reach + e] / sum[i];
     }
 }
 
-/* The transformer: attention, then the MLP, each added to x. */
-static void forward_layer(tg_session *s) {
+/* The transformer: attention, then the MLP, each added to x. The clock is looked at between these
+ * steps, so that many tokens can go together: then each weight comes from memory once for all. */
+static void forward_step(tg_session *s) {
     const tg_config *c = &s->model->config;
-    const float *const *w = s->model->tensors + LAYERS + s->layer * LAYER;
+    const float *const *w = s->model->tensors + LAYERS + s->step / STEPS * LAYER;
     int m = s->n, d = c->n_embd, inner = c->n_inner;
-    void (*bend)(float *, int) = s->model->kernels->activate[c->activation];
-    parallel(norm_unit, &(task){.s = s, .in = s->x, .w = w + LN_1}, m, 4.0 * m * d);
-    linear((task){.s = s, .m = m, .in = s->a, .k = d, .w = w + C_ATTN, .n = 3 * d});
-    parallel(attention_unit, &(task){.s = s}, c->n_head, (double)m * (s->start + m) * d);
-    linear((task){.s = s, .m = m, .in = s->a, .k = d, .w = w + ATTN_PROJ, .n = d, .add = s->x});
-    parallel(norm_unit, &(task){.s = s, .in = s->x, .w = w + LN_2}, m, 4.0 * m * d);
-    linear((task){.s = s, .m = m, .in = s->a, .k = d, .w = w + C_FC, .n = inner, .then = bend});
-    linear((task){.s = s, .m = m, .in = s->h, .k = inner, .w = w + MLP_PROJ, .n = d, .add = s->x});
+    task norm = {.s = s, .in = s->x}, line = {.s = s, .m = m, .in = s->a, .k = d};
+    switch (s->step % STEPS) {
+    case 0:
+        norm.w = w + LN_1, line.w = w + C_ATTN, line.n = 3 * d;
+        parallel(norm_unit, &norm, m, 4.0 * m * d);
+        break;
+    case 1:
+        parallel(attention_unit, &norm, c->n_head, (double)m * (s->start + m) * d);
+        line.w = w + ATTN_PROJ, line.n = d, line.add = s->x;
+        break;
+    case 2:
+        norm.w = w + LN_2, line.w = w + C_FC, line.n = inner;
+        line.then = s->model->kernels->activate[c->activation];
+        parallel(norm_unit, &norm, m, 4.0 * m * d);
+        break;
+    case 3:
+        line.in = s->h, line.k = inner, line.w = w + MLP_PROJ, line.n = d, line.add = s->x;
+    }
+    linear(line);
 }
 
 static int leave(tg_session *s, int result) {
@@ -610,11 +643,11 @@ int tg_forward(tg_session *s, const int32_t *tokens, int n, int start) {
         int fits = n > 0 && n <= s->chunk && start >= 0 && start <= c->n_positions - n;
         for (int i = 0; i < n && fits; i++) fits = tokens[i] >= 0 && tokens[i] < c->vocab_size;
         if (!fits) return leave(s, TG_BAD_ARGUMENT);
-        s->n = n, s->start = start, s->layer = 0;
+        s->n = n, s->start = start, s->step = 0;
         parallel(embed_unit, &(task){.s = s, .tokens = tokens}, n, 8.0 * n * c->n_embd);
     }
-    for (; s->layer < c->n_layer && nanoseconds() < until; s->layer++) forward_layer(s);
-    return leave(s, s->layer < c->n_layer ? TG_MORE : TG_DONE);
+    for (; s->step < c->n_layer * STEPS && nanoseconds() < until; s->step++) forward_step(s);
+    return leave(s, s->step < c->n_layer * STEPS ? TG_MORE : TG_DONE);
 }
 
 int tg_logits(tg_session *s, int first, int count, const float **logits) {
@@ -623,9 +656,9 @@ int tg_logits(tg_session *s, int first, int count, const float **logits) {
     const float *head[] = {m->config.tied ? m->tensors[WTE] : last[LM_HEAD], NULL};
     int d = m->config.n_embd, size = m->config.vocab_size, best = 0;
     if (atomic_flag_test_and_set(&s->busy)) return TG_BUSY;
-    int fits = s->n && s->layer == m->config.n_layer && count > 0 && count <= LOGIT_ROWS;
+    int fits = s->n && s->step == m->config.n_layer * STEPS && count > 0 && count <= LOGIT_ROWS;
     if (!fits || first < 0 || first > s->n - count) return leave(s, TG_BAD_ARGUMENT);
-    task norm = {.s = s, .in = s->x + first * s->wide, .w = last + LN_F};
+    task norm = {.s = s, .in = s->x + first * s->narrow, .w = last + LN_F};
     parallel(norm_unit, &norm, count, 4.0 * count * d);
     linear((task){.s = s, .m = count, .in = s->a, .k = d, .w = head, .n = size, .out = s->logits});
     for (int i = count; i-- && best >= 0;) best = m->kernels->best(s->logits + i * up(size), size);
