@@ -14,6 +14,7 @@
  *
  * SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE 1
+#include <limits.h>
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
@@ -541,11 +542,15 @@ static void linear_unit(const task *t, int unit) {
     }
 }
 
-/* Units of many panels, so that a processor reads long stretches of memory; many units, so that
- * none waits long for the last. */
+/* For one row, units of long stretches of memory, and many, so that none waits long for the last;
+ * for more, of many panels for each copy of the rows, and as many as let all end together. */
 static void linear(task t) {
-    int panels = (int)up(t.n) / LANES, group = 16;
-    while (group > 1 && panels < group * t.s->model->threads) group /= 2;
+    int panels = (int)up(t.n) / LANES, threads = t.s->model->threads, group = 32, least = INT_MAX;
+    while (group > 1 && panels < group * threads * (group > 4 ? 8 : 2)) group /= 2;
+    for (int g = t.m > 1 ? 16 : 0; g; g -= g > 4 ? 4 : 1) {
+        int last = ((panels + g - 1) / g + threads - 1) / threads * g; /* panels of the last thread */
+        if (last < least) least = last, group = g;
+    }
     t.group = group * LANES;
     if (!t.out) t.out = t.in == t.s->a ? t.s->h : t.s->a;
     parallel(linear_unit, &t, (panels + group - 1) / group, (double)t.m * t.k * t.n);
@@ -578,13 +583,16 @@ static void attention_unit(const task *t, int head) {
     float *keys = s->keys + which * up(positions) * d, *query = s->h + head * d;
     float *values = s->values + which * positions * up(d), *gathered = s->a + head * d;
     float *p = s->weights + worker * ATTENTION_ROWS * reach, *y = p + up(positions);
-    for (int i = 0; i < s->n; i++) {
-        const float *key = query + i * wide + c->n_embd, *value = key + c->n_embd;
-        size_t at = s->start + i;
-        for (size_t e = 0; e < d; e++) {
-            keys[(at / LANES * d + e) * LANES + at % LANES] = key[e];
-            values[(e / LANES * positions + at) * LANES + e % LANES] = value[e];
-        }
+    for (size_t at = s->start, end = at + s->n, stop; at < end; at = stop) { /* by panels */
+        stop = end < at / LANES * LANES + LANES ? end : at / LANES * LANES + LANES;
+        const float *key = query + (at - s->start) * wide + c->n_embd, *value = key + c->n_embd;
+        for (size_t e = 0; e < d; e++)
+            for (size_t i = 0; i < stop - at; i++)
+                keys[(at / LANES * d + e) * LANES + at % LANES + i] = key[i * wide + e];
+        for (size_t i = 0; i < stop - at; i++)
+            for (size_t e = 0; e < d; e += LANES)
+                memcpy(values + (e * positions + (at + i) * LANES), value + i * wide + e,
+                       (d - e < LANES ? d - e : LANES) * sizeof *values);
     }
     double scale = c->scale_attn_weights ? 1 / sqrt((double)d) : 1;
     if (c->scale_attn_by_inverse_layer_idx) scale /= s->step / STEPS + 1;
