@@ -84,7 +84,6 @@ TG_API int32_t tg_choose(tg_session *session, const tg_options *options);
 
 _Static_assert(sizeof(size_t) == 8, "the largest models need sizes of 64 bits");
 static inline size_t up(size_t n) { return (n + LANES - 1) / LANES * LANES; }
-
 #ifdef TG_ISA
 /* ---- 1. The vector vocabulary -------------------------------------------------------------------
  * The compiler's own vector types; an instruction set adds their width and its multiply-add. */
@@ -105,18 +104,16 @@ static inline size_t up(size_t n) { return (n + LANES - 1) / LANES * LANES; }
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 typedef vec loose __attribute__((aligned(4), may_alias)); /* in memory, at any address */
 typedef int32_t bits __attribute__((vector_size(4 * WIDTH)));
-#if WIDTH == 16
+#if WIDTH >= 8
 #include <immintrin.h>
-#define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
-#elif WIDTH == 8
-#include <immintrin.h>
-#define FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #elif WIDTH == 4
 #include <arm_neon.h>
-#define FMA(a, b, c) vfmaq_f32(c, a, b)
-#else
-#define FMA(a, b, c) (vec){fmaf((a)[0], (b)[0], (c)[0])}
 #endif
+#define FMA_avx512(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define FMA_avx2(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define FMA_neon(a, b, c) vfmaq_f32(c, a, b)
+#define FMA_portable(a, b, c) (vec){fmaf((a)[0], (b)[0], (c)[0])}
+#define FMA EXPAND(JOIN, FMA_, TG_ISA)
 enum { PARTS = LANES / WIDTH };
 /* For all i below n in steps of a vector, whose place in sixteen lanes is `part`. */
 #define EACH(n) for (int from = 0; from < (n); from += LANES) \
@@ -146,24 +143,21 @@ INLINE float sum_of(const vec *lanes) {
         for (int i = 0; i < half; i++) x[i] += x[i + half];
     return x[0];
 }
-
 static float max_of(const float *x, int n) {
-    float lanes[LANES];
-    vec top[PARTS];
-    EACH(LANES) top[part] = all(-INFINITY);
-    EACH(n) top[part] = max(load_some(x + i, n - i, -INFINITY), top[part]);
-    EACH(LANES) store(lanes + i, top[part]);
-    for (int i = 1; i < LANES; i++) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
-    return lanes[0];
+    float top = -INFINITY;
+    vec lanes[PARTS];
+    EACH(LANES) lanes[part] = all(top);
+    EACH(n) lanes[part] = max(load_some(x + i, n - i, top), lanes[part]);
+    for (int i = 0; i < LANES; i++) top = fmaxf(top, lanes[i / WIDTH][i % WIDTH]);
+    return top;
 }
 
 /* ---- 2. The microkernel -------------------------------------------------------------------------
  * ROWS x PANELS x 16 sums fill the registers; DEPTH inputs of PANELS, the nearest cache. One row
  * asks for its weights AHEAD inputs early, across pages, where the processor's prefetching ends;
- * up to FEW_TILES of rows ask for those of the next inputs: they wait for memory, too. */
+ * FEW_TILES or less ask for those of the next inputs. A tile's rows of a are APART. */
 enum { ROWS = WIDTH == 16 ? 12 : 6, PANELS = WIDTH == 16 ? 2 : 1, DEPTH = 256, AHEAD = 32 };
-enum { FEW_TILES = 16, APART = DEPTH + LANES }; /* APART: between rows of a in a tile */
-
+enum { FEW_TILES = 16, APART = DEPTH + LANES };
 typedef struct { /* c = init (NULL: zeros) + a[rows, k] x w[panels, k, 16], with their strides */
     const float *a, *w, *init;
     float *c;
@@ -181,9 +175,9 @@ INLINE void tile(int rows, int panels, int early, operands o) {
     for (size_t p = 0; p < o.k; p++, o.w += LANES, o.next += o.step) {
         if (early) __builtin_prefetch((const void *)o.next, 0, 2);
         UNROLL for (int j = 0; j < panels * PARTS; j++) {
-            const float *w = o.w + j / PARTS * o.stride + j % PARTS * WIDTH;
-            if (rows == 1 && j % PARTS == 0) __builtin_prefetch(w + AHEAD * LANES);
-            b[j] = load(w);
+            if (rows == 1 && j % PARTS == 0)
+                __builtin_prefetch(o.w + j / PARTS * o.stride + AHEAD * LANES);
+            b[j] = load(o.w + j / PARTS * o.stride + j % PARTS * WIDTH);
         }
         UNROLL for (int r = 0; r < rows; r++) {
             vec x = all(o.a[r * APART + p]);
@@ -192,13 +186,10 @@ INLINE void tile(int rows, int panels, int early, operands o) {
     }
     EACH_SUM store(o.c + r * o.ldc + j * WIDTH, sum[r][j]);
 }
-
 static void any_tile(int rows, int panels, operands o) {
-#define TILE(r, most) case r: if (r <= ROWS) { \
-        if (panels < most) tile(r, 1, 0, o); \
-        else if (WIDTH > 1 && o.step) tile(r, most, 1, o); \
-        else tile(r, most, 0, o); \
-    } break;
+#define TILE(r, most) case r: if (r > ROWS) break; \
+    if (panels < most) { tile(r, 1, 0, o); break; } \
+    if (WIDTH > 1 && o.step) { tile(r, most, 1, o); break; } tile(r, most, 0, o); break;
     switch (rows) {
         TILE(1, 4) TILE(2, PANELS) TILE(3, PANELS) TILE(4, PANELS) TILE(5, PANELS) TILE(6, PANELS)
         TILE(7, 2) TILE(8, 2) TILE(9, 2) TILE(10, 2) TILE(11, 2) TILE(12, 2)
@@ -206,9 +197,8 @@ static void any_tile(int rows, int panels, operands o) {
 }
 
 /* The product of the table, by tiles of nearly equal height. Storing and reloading sums between
- * blocks of inputs continues their chains. Rows of a are first put side by side: they are fetched
- * once for all panels, and at constant distances one register finds them all. One row takes four
- * panels at a time: more streams from memory. */
+ * blocks of inputs continues their chains. Rows of a are first copied side by side: one fetch for
+ * all panels, one register for all addresses. One row takes four panels: more streams of memory. */
 static void product(const float *a, size_t lda, int m, const float *w, size_t stride, int panels,
                     int k, const float *bias, float *c, size_t ldc) {
     int most = m == 1 ? 4 : PANELS, depth = m == 1 ? k : DEPTH, tiles = (m + ROWS - 1) / ROWS;
@@ -220,17 +210,17 @@ static void product(const float *a, size_t lda, int m, const float *w, size_t st
             rows = (m - row) / (tiles - t);
             for (int r = 0; r < rows && m > 1; r++)
                 memcpy(block + r * APART, a + (row + r) * lda + p, depth * sizeof *a);
+            /* After these weights come the next inputs, or panels; of them, this tile's part: */
+            size_t later = p + depth < k ? (size_t)depth * LANES : panels * stride - p * LANES;
+            size_t step = m > 1 && tiles <= FEW_TILES ? LANES * sizeof *w / share : 0;
+            later = (later + t / share * stride) * sizeof *w + t % share * depth * step;
             for (int j = 0, width; j < panels; j += width) {
                 width = panels - j < most ? 1 : most;
                 const float *from = w + j * stride + (size_t)p * LANES;
                 float *out = c + row * ldc + j * LANES;
                 const float *init = p ? out : bias ? bias + j * LANES : NULL;
-                operands o = {m > 1 ? block : a, from, init, out, stride, p ? ldc : 0, ldc, depth,
-                              0, m > 1 && tiles <= FEW_TILES ? LANES * sizeof *w / share : 0};
-                size_t later = p + depth < k ? (size_t)depth * LANES : panels * stride - p * LANES;
-                o.next = (uintptr_t)from + (later + t / share * stride) * sizeof *w +
-                         t % share * depth * o.step;
-                any_tile(rows, width, o);
+                any_tile(rows, width, (operands){m > 1 ? block : a, from, init, out, stride,
+                         p ? ldc : 0, ldc, depth, (uintptr_t)from + later, step});
             }
         }
     }
@@ -298,14 +288,12 @@ static float softmax(float *x, int n, int end, float scale) {
     EACH(n) sum[part] += load(x + i);
     return sum_of(sum);
 }
-
 static void log_sum(const float *x, int n, float *top, float *sum) {
     vec lanes[PARTS] = {{0}};
     *top = max_of(x, n);
     EACH(n) lanes[part] += v_exp(load_some(x + i, n - i, -INFINITY) - *top);
     *sum = sum_of(lanes);
 }
-
 static int best(const float *x, int n) {
     vec zero[PARTS] = {{0}};
     EACH(n) zero[part] += 0 * load_some(x + i, n - i, 0);
@@ -322,12 +310,11 @@ const tg_kernels EXPAND(JOIN, tg_kernels_, TG_ISA) = {
 #else
 /* ---- 4. Which instruction set ---------------------------------------------------------------- */
 const char *tg_version(void) { return TG_VERSION; } /* build.py takes it from the Python module */
-
 extern const tg_kernels tg_kernels_avx512, tg_kernels_avx2, tg_kernels_neon, tg_kernels_portable;
 #if defined(__x86_64__)
 #include <cpuid.h>
-/* CPUID tells what the processor can do, XGETBV whether the system saves the registers for it. */
 #endif
+/* CPUID tells what the processor can do, XGETBV whether the system saves the registers for it. */
 const tg_kernels *tg_find_kernels(const char *wanted) {
     const tg_kernels *found[3] = {&tg_kernels_portable}; /* the best one last */
     int n = 1;
@@ -346,17 +333,16 @@ const tg_kernels *tg_find_kernels(const char *wanted) {
         if (!wanted || !*wanted || !strcmp(found[n]->name, wanted)) return found[n];
     return NULL;
 }
-
 const char *tg_isa_name(const char *wanted) {
-    const tg_kernels *kernels = tg_find_kernels(wanted);
-    return kernels ? kernels->name : NULL;
+    return tg_find_kernels(wanted) ? tg_find_kernels(wanted)->name : NULL;
 }
 
 /* ---- 5. Models and sessions ------------------------------------------------------------------ */
 enum { WTE, WPE, LAYERS }; /* the tensors in the file's order: these, the layers', the last */
 enum { LN_1, C_ATTN = 2, ATTN_PROJ = 4, LN_2 = 6, C_FC = 8, MLP_PROJ = 10, LAYER = 12 };
 enum { LN_F, LM_HEAD = 2 }; /* each but wte, wpe and lm_head is a weight and a bias */
-enum { STEPS = 4, ATTENTION_ROWS = 24 }; /* how many tokens' weights of attention are side by side */
+enum { STEPS = 4 };           /* of a layer, between which the clock is looked at */
+enum { ATTENTION_ROWS = 24 }; /* how many tokens' weights of attention are side by side */
 
 struct tg_model {
     tg_config config;
@@ -364,7 +350,6 @@ struct tg_model {
     int threads, head_size;
     const float *tensors[]; /* matrices [up(outputs) / 16, inputs, 16]; wpe [.., up(n_embd)] */
 };
-
 typedef struct { double score; float e; int32_t token; } candidate;
 struct tg_session {
     _Alignas(64) const tg_model *model;
@@ -394,23 +379,19 @@ tg_model *tg_model_new(const tg_config *config, const void *file, const int64_t 
     for (int i = 0; i < n; i++) m->tensors[i] = (const float *)((const char *)file + offsets[i]);
     return m;
 }
-
 void tg_model_free(tg_model *model) { free(model); }
 void tg_session_free(tg_session *session) { free(session); }
-
 int tg_chunk(const tg_model *m) {
-    const tg_config *c = &m->config;
-    return (int)fmax(1, fmin(512, m->kernels->budget / c->n_embd / fmax(c->n_inner, 3 * c->n_embd)));
+    double step = fmax(m->config.n_inner, 3.0 * m->config.n_embd) * m->config.n_embd;
+    return (int)fmax(1, fmin(512, m->kernels->budget / step));
 }
-
 tg_session *tg_session_new(const tg_model *m, int chunk) {
     const tg_config *c = &m->config;
     size_t d = m->head_size, heads = (size_t)c->n_layer * c->n_head, words = up(c->vocab_size);
-    size_t widest = up(c->n_inner > 3 * c->n_embd ? c->n_inner : 3 * c->n_embd);
+    size_t wide = up(c->n_inner > 3 * c->n_embd ? c->n_inner : 3 * c->n_embd);
     /* 64 bytes more in a row keep one column of many rows out of a single set of the cache. */
     tg_session *s = NULL, new = {.model = m, .chunk = chunk, .narrow = up(c->n_embd) + LANES,
-                                 .wide = widest + LANES,
-                                 .reach = up(c->n_positions) + up(d) + LANES};
+        .wide = wide + LANES, .reach = up(c->n_positions) + up(d) + LANES};
     while (chunk > 0) { /* once to add up the sizes, in whole 64 bytes, once to give them memory */
         uintptr_t end = (uintptr_t)s + sizeof new;
 #define PLACE(field, count) new.field = (void *)end, end += (count) * sizeof *new.field
@@ -461,7 +442,6 @@ static uint64_t offer(void) {
     uint64_t t = atomic_load(&pool.ticket), mask = (1 << 27) - 1;
     return worker < (int)(t >> 54) && (t & mask) < (t >> 27 & mask) ? t : 0;
 }
-
 static void work(void) {
     for (uint64_t t; (t = offer());)
         if (atomic_compare_exchange_weak(&pool.ticket, &t, t + 1)) {
@@ -494,7 +474,7 @@ static void forget_workers(void) {
 static void start_workers(int count) {
     static int prepared;
     sigset_t all, old;
-    if (!prepared) prepared = !pthread_atfork(NULL, NULL, forget_workers);
+    prepared = prepared || !pthread_atfork(NULL, NULL, forget_workers);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     for (pthread_t thread; pool.workers < count; pool.workers++) {
@@ -544,24 +524,23 @@ static void linear_unit(const task *t, int unit) {
 
 /* For one row, units of long stretches of memory, and many, so that none waits long for the last;
  * for more, of many panels for each copy of the rows, and as many as let all end together. */
-static void linear(task t) {
-    int panels = (int)up(t.n) / LANES, threads = t.s->model->threads, group = 32, least = INT_MAX;
+static void linear(tg_session *s, int m, task t) {
+    t.s = s, t.m = m;
+    int panels = (int)up(t.n) / LANES, threads = s->model->threads, group = 32, least = INT_MAX;
     while (group > 1 && panels < group * threads * (group > 4 ? 8 : 2)) group /= 2;
-    for (int g = t.m > 1 ? 16 : 0; g; g -= g > 4 ? 4 : 1) {
-        int last = ((panels + g - 1) / g + threads - 1) / threads * g; /* panels of the last thread */
-        if (last < least) least = last, group = g;
+    for (int g = m > 1 ? 16 : 0; g; g -= g > 4 ? 4 : 1) {
+        int most = ((panels + g - 1) / g + threads - 1) / threads * g; /* that a thread gets */
+        if (most < least) least = most, group = g;
     }
     t.group = group * LANES;
-    if (!t.out) t.out = t.in == t.s->a ? t.s->h : t.s->a;
-    parallel(linear_unit, &t, (panels + group - 1) / group, (double)t.m * t.k * t.n);
+    if (!t.out) t.out = t.in == s->a ? s->h : s->a;
+    parallel(linear_unit, &t, (panels + group - 1) / group, (double)m * t.k * t.n);
 }
-
 /* a = layer norm of in */
 static void norm_unit(const task *t, int i) {
-    const tg_model *m = t->s->model;
-    size_t row = i * t->s->narrow;
-    m->kernels->layer_norm(t->in + row, t->w[0], t->w[1], m->config.layer_norm_epsilon,
-                           m->config.n_embd, t->s->a + row);
+    const tg_config *c = &t->s->model->config;
+    t->s->model->kernels->layer_norm(t->in + i * t->s->narrow, t->w[0], t->w[1],
+                                     c->layer_norm_epsilon, c->n_embd, t->s->a + i * t->s->narrow);
 }
 
 /* x = the token's embedding, which is one column of one panel, plus where it stands */
@@ -583,16 +562,14 @@ static void attention_unit(const task *t, int head) {
     float *keys = s->keys + which * up(positions) * d, *query = s->h + head * d;
     float *values = s->values + which * positions * up(d), *gathered = s->a + head * d;
     float *p = s->weights + worker * ATTENTION_ROWS * reach, *y = p + up(positions);
-    for (size_t at = s->start, end = at + s->n, stop; at < end; at = stop) { /* by panels */
-        stop = end < at / LANES * LANES + LANES ? end : at / LANES * LANES + LANES;
-        const float *key = query + (at - s->start) * wide + c->n_embd, *value = key + c->n_embd;
-        for (size_t e = 0; e < d; e++)
-            for (size_t i = 0; i < stop - at; i++)
-                keys[(at / LANES * d + e) * LANES + at % LANES + i] = key[i * wide + e];
-        for (size_t i = 0; i < stop - at; i++)
-            for (size_t e = 0; e < d; e += LANES)
-                memcpy(values + (e * positions + (at + i) * LANES), value + i * wide + e,
-                       (d - e < LANES ? d - e : LANES) * sizeof *values);
+    for (int i = 0; i < s->n; i++) {
+        const float *key = query + i * wide + c->n_embd, *value = key + c->n_embd;
+        size_t at = s->start + i;
+        for (size_t e = 0; e < d; e++) keys[(at / LANES * d + e) * LANES + at % LANES] = key[e];
+        for (size_t e = 0, size; e < d; e += size) {
+            size = d - e < LANES ? d - e : LANES;
+            memcpy(values + e * positions + at * LANES, value + e, size * sizeof *value);
+        }
     }
     double scale = c->scale_attn_weights ? 1 / sqrt((double)d) : 1;
     if (c->scale_attn_by_inverse_layer_idx) scale /= s->step / STEPS + 1;
@@ -616,33 +593,18 @@ static void attention_unit(const task *t, int head) {
 static void forward_step(tg_session *s) {
     const tg_config *c = &s->model->config;
     const float *const *w = s->model->tensors + LAYERS + s->step / STEPS * LAYER;
-    int m = s->n, d = c->n_embd, inner = c->n_inner;
-    task norm = {.s = s, .in = s->x}, line = {.s = s, .m = m, .in = s->a, .k = d};
-    switch (s->step % STEPS) {
-    case 0:
-        norm.w = w + LN_1, line.w = w + C_ATTN, line.n = 3 * d;
-        parallel(norm_unit, &norm, m, 4.0 * m * d);
-        break;
-    case 1:
-        parallel(attention_unit, &norm, c->n_head, (double)m * (s->start + m) * d);
-        line.w = w + ATTN_PROJ, line.n = d, line.add = s->x;
-        break;
-    case 2:
-        norm.w = w + LN_2, line.w = w + C_FC, line.n = inner;
-        line.then = s->model->kernels->activate[c->activation];
-        parallel(norm_unit, &norm, m, 4.0 * m * d);
-        break;
-    case 3:
-        line.in = s->h, line.k = inner, line.w = w + MLP_PROJ, line.n = d, line.add = s->x;
-    }
-    linear(line);
+    int m = s->n, d = c->n_embd, inner = c->n_inner, step = s->step % STEPS;
+    const task norm = {.s = s, .in = s->x, .w = w + (step ? LN_2 : LN_1)}, lines[STEPS] = {
+        {.in = s->a, .k = d, .w = w + C_ATTN, .n = 3 * d},
+        {.in = s->a, .k = d, .w = w + ATTN_PROJ, .n = d, .add = s->x},
+        {.in = s->a, .k = d, .w = w + C_FC, .n = inner,
+         .then = s->model->kernels->activate[c->activation]},
+        {.in = s->h, .k = inner, .w = w + MLP_PROJ, .n = d, .add = s->x}};
+    if (step % 2 == 0) parallel(norm_unit, &norm, m, 4.0 * m * d);
+    if (step == 1) parallel(attention_unit, &norm, c->n_head, (double)m * (s->start + m) * d);
+    linear(s, m, lines[step]);
 }
-
-static int leave(tg_session *s, int result) {
-    atomic_flag_clear(&s->busy);
-    return result;
-}
-
+static int leave(tg_session *s, int result) { return atomic_flag_clear(&s->busy), result; }
 int tg_forward(tg_session *s, const int32_t *tokens, int n, int start) {
     const tg_config *c = &s->model->config;
     int64_t until = nanoseconds() + 20000000;
@@ -657,7 +619,6 @@ int tg_forward(tg_session *s, const int32_t *tokens, int n, int start) {
     for (; s->step < c->n_layer * STEPS && nanoseconds() < until; s->step++) forward_step(s);
     return leave(s, s->step < c->n_layer * STEPS ? TG_MORE : TG_DONE);
 }
-
 int tg_logits(tg_session *s, int first, int count, const float **logits) {
     const tg_model *m = s->model;
     const float *const *last = m->tensors + LAYERS + m->config.n_layer * LAYER;
@@ -668,7 +629,7 @@ int tg_logits(tg_session *s, int first, int count, const float **logits) {
     if (!fits || first < 0 || first > s->n - count) return leave(s, TG_BAD_ARGUMENT);
     task norm = {.s = s, .in = s->x + first * s->narrow, .w = last + LN_F};
     parallel(norm_unit, &norm, count, 4.0 * count * d);
-    linear((task){.s = s, .m = count, .in = s->a, .k = d, .w = head, .n = size, .out = s->logits});
+    linear(s, count, (task){.in = s->a, .k = d, .w = head, .n = size, .out = s->logits});
     for (int i = count; i-- && best >= 0;) best = m->kernels->best(s->logits + i * up(size), size);
     s->best = best, *logits = s->logits;
     return leave(s, best < 0 ? TG_NOT_FINITE : TG_DONE);
@@ -685,7 +646,6 @@ double tg_log_probability(const tg_session *s, int row, int32_t token) {
 static int before(candidate a, candidate b) {
     return a.score > b.score || (a.score == b.score && a.token < b.token);
 }
-
 /* Let c[i] sink to its place in a heap of n, whose root comes before all others. */
 static void sink(candidate *c, int n, int i) {
     for (int child; (child = 2 * i + 1) < n; i = child) {
@@ -695,7 +655,6 @@ static void sink(candidate *c, int n, int i) {
         c[i] = c[child], c[child] = other;
     }
 }
-
 /* The i-th best candidate. Only as many are put in order as are looked at. */
 static candidate nth(tg_session *s, int i) {
     candidate *c = s->candidates;
