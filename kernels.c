@@ -528,7 +528,7 @@ static void linear(tg_session *s, int m, task t) {
     t.s = s, t.m = m;
     int panels = (int)up(t.n) / LANES, threads = s->model->threads, group = 32, least = INT_MAX;
     while (group > 1 && panels < group * threads * (group > 4 ? 8 : 2)) group /= 2;
-    for (int g = m > 1 ? 16 : 0; g; g -= g > 4 ? 4 : 1) {
+    for (int g = m > 192 ? 24 : m > 1 ? 16 : 0; g; g -= g > 4 ? 4 : 1) {
         int most = ((panels + g - 1) / g + threads - 1) / threads * g; /* that a thread gets */
         if (most < least) least = most, group = g;
     }
