@@ -187,8 +187,11 @@ def all_flags(compiler: Compiler, flags: Iterable[str]) -> list[str]:
 
     No flag takes back -Ofast: linked with it, a library makes its process round tiny numbers to 0.
     """
-    user = ["-O3" if flag == "-Ofast" else flag for flag in variable("CFLAGS")]
-    return [*compiler.flags, *flags, *user, *CONTRACT]
+    return [*compiler.flags, *flags, *without_ofast("CFLAGS"), *CONTRACT]
+
+
+def without_ofast(name: str) -> list[str]:
+    return ["-O3" if flag == "-Ofast" else flag for flag in variable(name)]
 
 
 def compile_objects(
@@ -218,8 +221,8 @@ def link(
     compiler: Compiler, objects: Sequence[Path], target: Path, flags: Sequence[str] = ()
 ) -> None:
     options = all_flags(compiler, flags)
-    files = [*map(str, objects), "-o", str(target), "-lm", *variable("LDFLAGS")]
-    run_compiler([*compiler.command, *options, *files])
+    files = [*map(str, objects), "-o", str(target), "-lm", *without_ofast("LDFLAGS")]
+    run_compiler([*compiler.command, *options, *files, *CONTRACT])
 
 
 @contextlib.contextmanager
@@ -279,7 +282,9 @@ def chosen(library: Path) -> str:
         return f"nothing: this machine cannot load it ({error})"
     tg_isa_name.argtypes, tg_isa_name.restype = [ctypes.c_char_p], ctypes.c_char_p
     name = tg_isa_name(None)
-    return f"{name.decode()} on this machine" if name else "nothing: none runs on this machine"
+    wanted = os.environ.get("TINYGPT2_ISA", "")
+    none = f"nothing: TINYGPT2_ISA is {wanted!r}, which this machine or the library does not have"
+    return f"{name.decode()} on this machine" if name else none
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

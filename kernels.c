@@ -14,6 +14,7 @@
  *
  * SPDX-License-Identifier: MIT */
 #define _GNU_SOURCE 1
+#include <fenv.h>
 #include <limits.h>
 #include <math.h>
 #include <pthread.h>
@@ -79,14 +80,12 @@ TG_API int tg_forward(tg_session *session, const int32_t *tokens, int n, int sta
  * *logits, up(vocab_size) floats apart, until the session is used again. */
 TG_API int tg_logits(tg_session *session, int first, int count, const float **logits);
 TG_API double tg_log_probability(const tg_session *session, int row, int32_t token);
-/* The next token after the logits' row 0, or -1 if the bias rules out every one. */
+/* The next token after the logits' row 0; -1 if the bias rules out every one, -2 for TG_BUSY. */
 TG_API int32_t tg_choose(tg_session *session, const tg_options *options);
-
 _Static_assert(sizeof(size_t) == 8, "the largest models need sizes of 64 bits");
 static inline size_t up(size_t n) { return (n + LANES - 1) / LANES * LANES; }
 #ifdef TG_ISA
-/* ---- 1. The vector vocabulary -------------------------------------------------------------------
- * The compiler's own vector types; an instruction set adds their width and its multiply-add. */
+/* ---- 1. The compiler's vectors; an instruction set adds their width and its multiply-add ----- */
 #define INLINE static inline __attribute__((always_inline))
 #define JOIN(a, b) a##b
 #define TEXT(a) #a
@@ -134,7 +133,6 @@ INLINE vec load_some(const float *x, int count, float fill) {
     for (int i = 0; i < count && count < WIDTH; i++) a[i] = x[i];
     return a;
 }
-
 /* The sum of sixteen lanes by the one tree: those 8, 4, 2, 1 apart. */
 INLINE float sum_of(const vec *lanes) {
     float x[LANES];
@@ -154,9 +152,9 @@ static float max_of(const float *x, int n) {
 
 /* ---- 2. The microkernel -------------------------------------------------------------------------
  * ROWS x PANELS x 16 sums fill the registers; DEPTH inputs of PANELS, the nearest cache. One row
- * asks for its weights AHEAD inputs early, across pages, where the processor's prefetching ends;
+ * asks for its weights AHEAD bytes early, across pages, where the processor's prefetching ends;
  * FEW_TILES or less ask for those of the next inputs. A tile's rows of a are APART. */
-enum { ROWS = WIDTH == 16 ? 12 : 6, PANELS = WIDTH == 16 ? 2 : 1, DEPTH = 256, AHEAD = 32 };
+enum { ROWS = WIDTH == 16 ? 12 : 6, PANELS = WIDTH == 16 ? 2 : 1, DEPTH = 256, AHEAD = 2048 };
 enum { FEW_TILES = 16, APART = DEPTH + LANES };
 typedef struct { /* c = init (NULL: zeros) + a[rows, k] x w[panels, k, 16], with their strides */
     const float *a, *w, *init;
@@ -176,7 +174,7 @@ INLINE void tile(int rows, int panels, int early, operands o) {
         if (early) __builtin_prefetch((const void *)o.next, 0, 2);
         UNROLL for (int j = 0; j < panels * PARTS; j++) {
             if (rows == 1 && j % PARTS == 0)
-                __builtin_prefetch(o.w + j / PARTS * o.stride + AHEAD * LANES);
+                __builtin_prefetch((const void *)((uintptr_t)(o.w + j / PARTS * o.stride) + AHEAD));
             b[j] = load(o.w + j / PARTS * o.stride + j % PARTS * WIDTH);
         }
         UNROLL for (int r = 0; r < rows; r++) {
@@ -265,7 +263,6 @@ static void exp_all(float *x, int n) { EACH(n) store(x + i, v_exp(load(x + i)));
 static void gelu_new(float *x, int n) { EACH(n) store(x + i, v_gelu_new(load(x + i))); }
 static void gelu(float *x, int n) { EACH(n) store(x + i, v_gelu(load(x + i))); }
 static void relu(float *x, int n) { EACH(n) store(x + i, max(all(0), load(x + i))); }
-
 /* Ba et al. 2016, with epsilon inside the root. */
 static void layer_norm(const float *x, const float *weight, const float *bias, float epsilon, int n,
                        float *y) {
@@ -302,11 +299,9 @@ static int best(const float *x, int n) {
     for (n = 0; x[n] != top;) n++;
     return n;
 }
-
 const tg_kernels EXPAND(JOIN, tg_kernels_, TG_ISA) = {
     EXPAND(TEXT, TG_ISA), WIDTH == 1 ? 4e7 : 2e9, product, layer_norm,
     {gelu_new, gelu, relu}, softmax, log_sum, exp_all, best};
-
 #else
 /* ---- 4. Which instruction set ---------------------------------------------------------------- */
 const char *tg_version(void) { return TG_VERSION; } /* build.py takes it from the Python module */
@@ -341,8 +336,7 @@ const char *tg_isa_name(const char *wanted) {
 enum { WTE, WPE, LAYERS }; /* the tensors in the file's order: these, the layers', the last */
 enum { LN_1, C_ATTN = 2, ATTN_PROJ = 4, LN_2 = 6, C_FC = 8, MLP_PROJ = 10, LAYER = 12 };
 enum { LN_F, LM_HEAD = 2 }; /* each but wte, wpe and lm_head is a weight and a bias */
-enum { STEPS = 4 };           /* of a layer, between which the clock is looked at */
-enum { ATTENTION_ROWS = 24 }; /* how many tokens' weights of attention are side by side */
+enum { STEPS = 4, ATTENTION_ROWS = 24 }; /* of a layer; tokens whose attention is side by side */
 
 struct tg_model {
     tg_config config;
@@ -354,6 +348,7 @@ typedef struct { double score; float e; int32_t token; } candidate;
 struct tg_session {
     _Alignas(64) const tg_model *model;
     atomic_flag busy;
+    fenv_t env; /* of the caller's arithmetic, while ours is the usual */
     int chunk, n, start, step; /* of the pass under way: tokens, where the first is, steps done */
     int best, heap, all; /* after row 0 of the logits: the greedy choice; how many candidates */
     size_t narrow, wide, reach; /* how far apart rows are: of x and a; of h; of weights */
@@ -382,7 +377,8 @@ tg_model *tg_model_new(const tg_config *config, const void *file, const int64_t 
 void tg_model_free(tg_model *model) { free(model); }
 void tg_session_free(tg_session *session) { free(session); }
 int tg_chunk(const tg_model *m) {
-    double step = fmax(m->config.n_inner, 3.0 * m->config.n_embd) * m->config.n_embd;
+    const tg_config *c = &m->config;
+    double step = fmax(fmax(c->n_inner, 3.0 * c->n_embd), 2.0 * c->n_positions) * c->n_embd;
     return (int)fmax(1, fmin(512, m->kernels->budget / step));
 }
 tg_session *tg_session_new(const tg_model *m, int chunk) {
@@ -416,7 +412,6 @@ typedef struct { /* what the units of a job share; a job leaves out what it does
     void (*then)(float *x, int n);/* on the outputs */
     int m, k, n, group;           /* group: how many of the n are in a unit */
 } task;
-
 static struct {
     /* Who may help (10 bits), how many units, which is next (27 each). Who takes a unit by
      * compare-and-swap may read `run` and `t`: they change only after every unit is done. */
@@ -430,7 +425,6 @@ static struct {
     pthread_cond_t wake;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 static _Thread_local int worker; /* which of them this thread is; 0: the caller */
-
 static int64_t nanoseconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -566,10 +560,9 @@ static void attention_unit(const task *t, int head) {
         const float *key = query + i * wide + c->n_embd, *value = key + c->n_embd;
         size_t at = s->start + i;
         for (size_t e = 0; e < d; e++) keys[(at / LANES * d + e) * LANES + at % LANES] = key[e];
-        for (size_t e = 0, size; e < d; e += size) {
-            size = d - e < LANES ? d - e : LANES;
-            memcpy(values + e * positions + at * LANES, value + e, size * sizeof *value);
-        }
+        for (size_t e = 0; e < d; e += LANES)
+            memcpy(values + e * positions + at * LANES, value + e,
+                   (d - e < LANES ? d - e : LANES) * sizeof *value);
     }
     double scale = c->scale_attn_weights ? 1 / sqrt((double)d) : 1;
     if (c->scale_attn_by_inverse_layer_idx) scale /= s->step / STEPS + 1;
@@ -604,11 +597,16 @@ static void forward_step(tg_session *s) {
     if (step == 1) parallel(attention_unit, &norm, c->n_head, (double)m * (s->start + m) * d);
     linear(s, m, lines[step]);
 }
-static int leave(tg_session *s, int result) { return atomic_flag_clear(&s->busy), result; }
+/* From `enter`, unless it is 0, to `leave` the session is ours, and numbers are rounded as usual,
+ * whatever the caller told the processor: the bits must not depend on that. */
+static int enter(tg_session *s) {
+    return !atomic_flag_test_and_set(&s->busy) && !fegetenv(&s->env) && !fesetenv(FE_DFL_ENV);
+}
+static int leave(tg_session *s, int r) { return fesetenv(&s->env), atomic_flag_clear(&s->busy), r; }
 int tg_forward(tg_session *s, const int32_t *tokens, int n, int start) {
     const tg_config *c = &s->model->config;
     int64_t until = nanoseconds() + 20000000;
-    if (atomic_flag_test_and_set(&s->busy)) return TG_BUSY;
+    if (!enter(s)) return TG_BUSY;
     if (n || !s->n) {
         int fits = n > 0 && n <= s->chunk && start >= 0 && start <= c->n_positions - n;
         for (int i = 0; i < n && fits; i++) fits = tokens[i] >= 0 && tokens[i] < c->vocab_size;
@@ -624,7 +622,7 @@ int tg_logits(tg_session *s, int first, int count, const float **logits) {
     const float *const *last = m->tensors + LAYERS + m->config.n_layer * LAYER;
     const float *head[] = {m->config.tied ? m->tensors[WTE] : last[LM_HEAD], NULL};
     int d = m->config.n_embd, size = m->config.vocab_size, best = 0;
-    if (atomic_flag_test_and_set(&s->busy)) return TG_BUSY;
+    if (!enter(s)) return TG_BUSY;
     int fits = s->n && s->step == m->config.n_layer * STEPS && count > 0 && count <= LOGIT_ROWS;
     if (!fits || first < 0 || first > s->n - count) return leave(s, TG_BAD_ARGUMENT);
     task norm = {.s = s, .in = s->x + first * s->narrow, .w = last + LN_F};
@@ -634,7 +632,6 @@ int tg_logits(tg_session *s, int first, int count, const float **logits) {
     s->best = best, *logits = s->logits;
     return leave(s, best < 0 ? TG_NOT_FINITE : TG_DONE);
 }
-
 double tg_log_probability(const tg_session *s, int row, int32_t token) {
     const float *x = s->logits + row * up(s->model->config.vocab_size);
     float top, sum;
@@ -670,7 +667,8 @@ int32_t tg_choose(tg_session *s, const tg_options *o) {
     candidate *c = s->candidates;
     double mass = 0, sum = 0, drawn = 0;
     int n = 0, size = s->model->config.vocab_size, kept, i = 0;
-    if (o->temperature == 0 && !o->n_bias && !o->n_seen) return s->best;
+    if (!enter(s)) return -2;
+    if (o->temperature == 0 && !o->n_bias && !o->n_seen) return leave(s, s->best);
     for (int t = 0; t < size; t++) c[t] = (candidate){s->logits[t], 0, t};
     for (int t = 0; t < o->n_bias; t++) c[o->bias_tokens[t]].score += o->bias[t];
     for (int t = 0; t < o->n_seen; t++) {
@@ -681,7 +679,7 @@ int32_t tg_choose(tg_session *s, const tg_options *o) {
         if (c[t].score > -INFINITY) c[n++] = c[t]; /* not ruled out */
     for (int t = n / 2; t >= 0; t--) sink(c, n, t);
     s->heap = s->all = kept = n;
-    if (!n || o->temperature == 0) return n ? c[0].token : -1;
+    if (!n || o->temperature == 0) return leave(s, n ? c[0].token : -1);
     for (int t = 0; t < n; t++) s->e[t] = (float)((c[t].score - c[0].score) / o->temperature);
     s->model->kernels->exp(s->e, n);
     for (int t = 0; t < n; t++) mass += c[t].e = s->e[t];
@@ -695,7 +693,7 @@ int32_t tg_choose(tg_session *s, const tg_options *o) {
     }
     for (i = 0; i < kept - 1; i++)
         if ((drawn += nth(s, i).e) > o->uniform * mass) break;
-    return nth(s, i).token;
+    return leave(s, nth(s, i).token);
 }
 #ifdef TG_STANDALONE
 /* -------------------------------------------------------------------------------------------------
@@ -792,7 +790,7 @@ static void say(int token, int quiet) {
 int main(int count, char **arguments) {
     tg_options o = {.temperature = 0.8, .top_p = 1, .repetition_penalty = 1, .top_k = 40};
     const char *ids = NULL, *a = "the end", *wish = getenv("TINYGPT2_THREADS");
-    double most = 200, threads = wish && *wish ? atoi(wish) : sysconf(_SC_NPROCESSORS_ONLN);
+    double most = 200, threads = wish && *wish ? atof(wish) : sysconf(_SC_NPROCESSORS_ONLN);
     int print_ids = 0, n = 0, done = 0, part, start;
     uint64_t seed = nanoseconds();
 #ifdef CPU_COUNT
@@ -842,7 +840,7 @@ int main(int count, char **arguments) {
         if ((tokens[n] = tg_choose(s, &o)) == eos) break;
         print_ids ? (void)printf("%d ", tokens[n]) : say(tokens[n], 0), n++, fflush(stdout);
     }
-    puts(n > start && held ? "\uFFFD" : "");
+    if (puts(n > start && held ? "\uFFFD" : "") < 0 || fflush(stdout)) FAIL(1, "cannot write\n");
     if (n - start < most && done == room)
         fprintf(stderr, "tinygpt2: stopped: all %d positions of the context are used\n", room);
 }

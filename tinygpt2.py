@@ -1016,16 +1016,8 @@ def load_library(path: str) -> Any:
     """The library that build.py makes of kernels.c, with all that is used of it declared."""
     import ctypes as c
 
-    try:
-        library = c.CDLL(path)
-        library.tg_version.restype = c.c_char_p
-        version = library.tg_version().decode()
-    except (OSError, AttributeError) as error:
-        raise TinyGPT2Error(f"{path}: it cannot be loaded: {error}; {REBUILD}") from None
-    if version != __version__:
-        raise TinyGPT2Error(f"{path}: expected version {__version__}, found {version}; {REBUILD}")
     pointer, number = c.c_void_p, c.c_int
-    for name, result, arguments in (
+    declared = (
         ("tg_isa_name", c.c_char_p, [c.c_char_p]),
         ("tg_model_new", pointer, [c.c_char_p, pointer, pointer, c.c_char_p, number]),
         ("tg_model_free", None, [pointer]),
@@ -1036,10 +1028,36 @@ def load_library(path: str) -> Any:
         ("tg_logits", number, [pointer, number, number, c.POINTER(pointer)]),
         ("tg_log_probability", c.c_double, [pointer, number, c.c_int32]),
         ("tg_choose", c.c_int32, [pointer, c.c_char_p]),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    )
+    try:
+        check_whole(path)
+        library = c.CDLL(path)
+        library.tg_version.restype = c.c_char_p
+        version = (library.tg_version() or b"none").decode("utf-8", "replace")
+        if version == __version__:
+            for name, result, arguments in declared:
+                function = getattr(library, name)
+                function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise TinyGPT2Error(f"{path}: it cannot be loaded: {error}; {REBUILD}") from None
+    if version != __version__:
+        raise TinyGPT2Error(f"{path}: expected version {__version__}, found {version}; {REBUILD}")
     return library
+
+
+def check_whole(path: str) -> None:
+    """Raise `OSError` if a library of Linux is cut off, which the system would find by crashing.
+
+    Its table of sections is the last thing in it (ELF-64, little-endian).
+    """
+    if not os.path.isfile(path):
+        raise OSError("it is not a regular file")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head[:4] == b"\x7fELF":
+        table, size, count = struct.unpack_from("<40xQ10xHH", head.ljust(64, b"\0"))
+        if len(head) < 64 or os.path.getsize(path) < table + size * count:
+            raise OSError("its end is missing")
 
 
 REBUILD = "run `python build.py` again, delete the file, or use the backend 'numpy'"
@@ -1098,6 +1116,9 @@ class CBackend:
             raise TinyGPT2Error("no memory for the table of the model's tensors")
         self.model = Handle(model, self.library.tg_model_free, weights)
         self.chunk: int = self.library.tg_chunk(model)
+        # For a look at signals soon enough: no more work than a step of a layer has.
+        widest = max(config.n_inner, 3 * config.n_embd)
+        self.n_rows = max(1, min(LOGIT_ROWS, self.chunk * widest // config.vocab_size))
 
     def isas(self) -> str:
         """The names of the instruction sets that can be used here."""
@@ -1143,8 +1164,8 @@ class CBackend:
         if n_logits == 1:
             return [memoryview(self.rows(cache, first, 1)[0])[:size]]
         logits = np.empty((n_logits, size), np.float32)
-        for i in range(0, n_logits, LOGIT_ROWS):
-            count = min(LOGIT_ROWS, n_logits - i)
+        for i in range(0, n_logits, self.n_rows):
+            count = min(self.n_rows, n_logits - i)
             logits[i : i + count] = np.asarray(self.rows(cache, first + i, count))[:, :size]
         return logits
 
@@ -1154,8 +1175,8 @@ class CBackend:
         """The log-probability of each target after the token in its place."""
         self.run(cache, tokens, start)
         result: list[float] = []
-        for i in range(0, len(targets), LOGIT_ROWS):
-            some = targets[i : i + LOGIT_ROWS]
+        for i in range(0, len(targets), self.n_rows):
+            some = targets[i : i + self.n_rows]
             self.rows(cache, i, len(some))
             result += [
                 self.library.tg_log_probability(cache.pointer, row, target)
@@ -1194,7 +1215,12 @@ def new_backend(
     """The backend that is wanted, or the fastest one there is."""
     path = None if wanted == "numpy" else library_path()
     if path is not None:
-        return CBackend(file, config, threads, path)
+        backend = CBackend(file, config, threads, path)
+        if wanted or os.environ.get("TINYGPT2_ISA") or backend.isa != "portable":
+            return backend
+        with contextlib.suppress(TinyGPT2Error):  # raised if there is no NumPy
+            return NumpyBackend(file, config, threads)  # many times faster than portable C
+        return backend
     if wanted == "c":
         advice = "`python build.py` makes it, with any C compiler"
         raise TinyGPT2Error(f"backend c: no {LIBRARY} beside {__file__} ({advice})")
@@ -1215,7 +1241,8 @@ def default_threads() -> int:
     wanted = os.environ.get("TINYGPT2_THREADS")
     if not wanted:
         return min(available_processors(), MAX_THREADS)
-    if not wanted.isdecimal() or not 1 <= int(wanted) <= MAX_THREADS:
+    number = wanted.isascii() and wanted.isdecimal() and len(wanted) < 10
+    if not number or not 1 <= int(wanted) <= MAX_THREADS:
         expected = f"a whole number from 1 to {MAX_THREADS}"
         raise InputError(f"TINYGPT2_THREADS: expected {expected}, found {brief(wanted)}")
     return int(wanted)

@@ -225,6 +225,7 @@ def test_no_flags_of_the_user_change_the_arithmetic(
     source.write_text(ARITHMETIC, "utf-8")
     monkeypatch.setenv("CC", ZIG if compiler == "ziglang" else compiler)
     monkeypatch.setenv("CFLAGS", f"{flag} -ffp-contract=fast -march=native")
+    monkeypatch.setenv("LDFLAGS", flag)
     chosen = build.find_compiler()
     target = tmp_path / "arithmetic.so"
     build.link(chosen, [source], target, ["-shared", "-fvisibility=default"])

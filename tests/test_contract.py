@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -234,6 +235,29 @@ def test_what_the_default_model_gives_on_every_machine(tales_path: Path, isa: st
         logits = model.logits(PROMPT).astype("<f4")
         assert hashlib.sha256(logits.tobytes()).hexdigest() == TALES_SHA256
         assert model.generate(PROMPT, seed=1, max_new_tokens=24) == TALES_TEXT
+
+
+@needs_kernels
+@pytest.mark.skipif(sys.platform != "linux", reason="names the C library of Linux")
+def test_rounding_that_the_caller_wants(tales_path: Path) -> None:
+    """It is his alone: the bits stay, of the workers too, and so does his mode."""
+    script = """
+import ctypes, sys
+import tinygpt2
+c = ctypes.CDLL("libm.so.6")
+upward, nearest, one = 0x800 if sys.argv[2] == "x86_64" else 0x400000, 0, float("1")
+model = tinygpt2.load(sys.argv[1], threads=2)
+ids = list(range(5, 300))
+def all_of_it():
+    return model.logits(ids).tobytes(), model.generate_ids(ids, seed=1, max_new_tokens=9)
+for mode in (upward, nearest):
+    assert c.fesetround(mode) == 0
+    first = all_of_it() if mode == upward else first
+    assert c.fegetround() == mode
+    print(one + 1e-30 > one, all_of_it() == first)
+"""
+    said = check_script(script, tales_path, platform.machine())
+    assert said == "True True\nFalse True\n"
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -1003,12 +1027,19 @@ def wrong_library(kind: str) -> bytes:
         if library[:4] != b"\x7fELF":
             pytest.skip("changes a field of an ELF file")
         return other_architecture(library)
+    if kind == "cut off":
+        assert LIBRARY
+        library = Path(LIBRARY).read_bytes()
+        if library[:4] != b"\x7fELF":
+            pytest.skip("macOS and Windows find it themselves")
+        return library[:-1000]
     if kind == "another library":
         return other_library()
     return b"" if kind == "empty" else b"kernels, as it were\n"
 
 
-KINDS = ["another version", "another architecture", "another library", "empty", "text", "folder"]
+KINDS = ["another version", "another architecture", "another library", "cut off", "empty"]
+KINDS += ["text", "folder", "pipe"]
 
 
 @needs_kernels
@@ -1024,6 +1055,8 @@ def test_a_wrong_library(tmp_path: Path, toy_path: Path, kind: str) -> None:
     library = tmp_path / tinygpt2.LIBRARY
     if kind == "folder":
         library.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(library)
     else:
         library.write_bytes(wrong_library(kind))
     ask: list[object] = ["--model", toy_path, "--prompt", "a", "--seed", "1", "--max-tokens", "3"]
@@ -1035,6 +1068,31 @@ def test_a_wrong_library(tmp_path: Path, toy_path: Path, kind: str) -> None:
     code, out, err = run_command([*ask, "--backend", "numpy"], tmp_path)
     assert (code, err) == (0, "")
     assert out
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="others have vectors, all of them")
+def test_a_processor_without_vectors_computes_in_numpy(tmp_path: Path, toy_path: Path) -> None:
+    """Unless there is none, or one asks for C: the kernels in portable C are the slower ones."""
+    for name in ("tinygpt2.py", "build.py", "kernels.c"):
+        shutil.copy(ROOT / name, tmp_path)
+    source = (tmp_path / "kernels.c").read_text("utf-8")
+    changed = source.replace("int fma = (c & bit_FMA)", "int fma = 0 && (c & bit_FMA)")
+    assert changed != source
+    (tmp_path / "kernels.c").write_text(changed, "utf-8")
+    subprocess.run([sys.executable, "build.py"], cwd=tmp_path, check=True, capture_output=True)
+    script = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+if sys.argv[3]:
+    sys.modules["numpy"] = None
+import tinygpt2
+print(*[tinygpt2.load(sys.argv[2], backend=b).backend.name for b in (None, "c")])
+os.environ["TINYGPT2_ISA"] = "portable"
+print(tinygpt2.load(sys.argv[2]).backend.name)
+"""
+    assert check_script(script, tmp_path, toy_path, "") == "numpy c\nc\n"
+    assert check_script(script, tmp_path, toy_path, "without NumPy") == "c c\nc\n"
 
 
 def test_the_file_alone_computes_in_numpy(tmp_path: Path, toy_path: Path) -> None:
