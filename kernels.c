@@ -597,12 +597,14 @@ static void forward_step(tg_session *s) {
     if (step == 1) parallel(attention_unit, &norm, c->n_head, (double)m * (s->start + m) * d);
     linear(s, m, lines[step]);
 }
+
 /* From `enter`, unless it is 0, to `leave` the session is ours, and numbers are rounded as usual,
  * whatever the caller told the processor: the bits must not depend on that. */
 static int enter(tg_session *s) {
     return !atomic_flag_test_and_set(&s->busy) && !fegetenv(&s->env) && !fesetenv(FE_DFL_ENV);
 }
 static int leave(tg_session *s, int r) { return fesetenv(&s->env), atomic_flag_clear(&s->busy), r; }
+
 int tg_forward(tg_session *s, const int32_t *tokens, int n, int start) {
     const tg_config *c = &s->model->config;
     int64_t until = nanoseconds() + 20000000;

@@ -1200,6 +1200,8 @@ class CBackend:
             *(min(options.top_k, len(logits)), len(tokens), len(known)),
         )
         token: int = self.library.tg_choose(cache.pointer, packed)
+        if token < -1:
+            check_status(BUSY)
         if token < 0:
             raise InputError(EVERY_TOKEN)
         return token
