@@ -182,15 +182,14 @@ def read_version() -> str:
 # Compiling and linking
 
 
-def all_flags(compiler: Compiler, flags: Iterable[str]) -> list[str]:
-    """Ours, the caller's, the user's, and last what nobody may change.
-
-    No flag takes back -Ofast: linked with it, a library makes its process round tiny numbers to 0.
-    """
-    return [*compiler.flags, *flags, *without_ofast("CFLAGS"), *CONTRACT]
+def call(compiler: Compiler, flags: Iterable[str], rest: Iterable[str]) -> None:
+    """Run it with our flags, the caller's, the user's, `rest`, and last what nobody may change."""
+    user = without_ofast("CFLAGS")
+    run_compiler([*compiler.command, *compiler.flags, *flags, *user, *rest, *CONTRACT])
 
 
 def without_ofast(name: str) -> list[str]:
+    """No flag takes it back: linked with it, a library makes tiny numbers 0 in its process."""
     return ["-O3" if flag == "-Ofast" else flag for flag in variable(name)]
 
 
@@ -208,9 +207,8 @@ def compile_objects(
 
     def compile_part(name: str) -> Path:
         out = folder / f"{name}.o"
-        options = all_flags(compiler, [*flags, *parts[name]])
         source = str(ROOT / "kernels.c")
-        run_compiler([*compiler.command, *options, "-c", source, "-o", str(out)])
+        call(compiler, [*flags, *parts[name]], ["-c", source, "-o", str(out)])
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -220,9 +218,8 @@ def compile_objects(
 def link(
     compiler: Compiler, objects: Sequence[Path], target: Path, flags: Sequence[str] = ()
 ) -> None:
-    options = all_flags(compiler, flags)
-    files = [*map(str, objects), "-o", str(target), "-lm", *without_ofast("LDFLAGS")]
-    run_compiler([*compiler.command, *options, *files, *CONTRACT])
+    files = [*map(str, objects), "-o", str(target), "-lm"]
+    call(compiler, flags, [*files, *without_ofast("LDFLAGS")])
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ TG_API int tg_forward(tg_session *session, const int32_t *tokens, int n, int sta
  * *logits, up(vocab_size) floats apart, until the session is used again. */
 TG_API int tg_logits(tg_session *session, int first, int count, const float **logits);
 TG_API double tg_log_probability(const tg_session *session, int row, int32_t token);
-/* The next token after the logits' row 0; -1 if the bias rules out every one, -2 for TG_BUSY. */
+/* The next token after the logits' row 0; -1 if the bias rules out every one, or -TG_BUSY. */
 TG_API int32_t tg_choose(tg_session *session, const tg_options *options);
 _Static_assert(sizeof(size_t) == 8, "the largest models need sizes of 64 bits");
 static inline size_t up(size_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -329,7 +329,8 @@ const tg_kernels *tg_find_kernels(const char *wanted) {
     return NULL;
 }
 const char *tg_isa_name(const char *wanted) {
-    return tg_find_kernels(wanted) ? tg_find_kernels(wanted)->name : NULL;
+    const tg_kernels *kernels = tg_find_kernels(wanted);
+    return kernels ? kernels->name : NULL;
 }
 
 /* ---- 5. Models and sessions ------------------------------------------------------------------ */
@@ -597,7 +598,6 @@ static void forward_step(tg_session *s) {
     if (step == 1) parallel(attention_unit, &norm, c->n_head, (double)m * (s->start + m) * d);
     linear(s, m, lines[step]);
 }
-
 /* From `enter`, unless it is 0, to `leave` the session is ours, and numbers are rounded as usual,
  * whatever the caller told the processor: the bits must not depend on that. */
 static int enter(tg_session *s) {
@@ -669,7 +669,7 @@ int32_t tg_choose(tg_session *s, const tg_options *o) {
     candidate *c = s->candidates;
     double mass = 0, sum = 0, drawn = 0;
     int n = 0, size = s->model->config.vocab_size, kept, i = 0;
-    if (!enter(s)) return -2;
+    if (!enter(s)) return -TG_BUSY;
     if (o->temperature == 0 && !o->n_bias && !o->n_seen) return leave(s, s->best);
     for (int t = 0; t < size; t++) c[t] = (candidate){s->logits[t], 0, t};
     for (int t = 0; t < o->n_bias; t++) c[o->bias_tokens[t]].score += o->bias[t];

@@ -1033,15 +1033,14 @@ def load_library(path: str) -> Any:
         check_whole(path)
         library = c.CDLL(path)
         library.tg_version.restype = c.c_char_p
-        version = (library.tg_version() or b"none").decode("utf-8", "replace")
-        if version == __version__:
-            for name, result, arguments in declared:
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, arguments
+        found = (library.tg_version() or b"none").decode("utf-8", "replace")
+        if found != __version__:
+            raise TinyGPT2Error(f"{path}: expected version {__version__}, found {found}; {REBUILD}")
+        for name, result, arguments in declared:
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise TinyGPT2Error(f"{path}: it cannot be loaded: {error}; {REBUILD}") from None
-    if version != __version__:
-        raise TinyGPT2Error(f"{path}: expected version {__version__}, found {version}; {REBUILD}")
     return library
 
 
@@ -1200,7 +1199,7 @@ class CBackend:
             *(min(options.top_k, len(logits)), len(tokens), len(known)),
         )
         token: int = self.library.tg_choose(cache.pointer, packed)
-        if token < -1:
+        if token == -BUSY:
             check_status(BUSY)
         if token < 0:
             raise InputError(EVERY_TOKEN)

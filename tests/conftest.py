@@ -259,6 +259,15 @@ def is_there(compiler: str) -> bool:
     return shutil.which(compiler) is not None
 
 
+def sanitizing_compiler(flag: str, folder: Path) -> str:
+    """One that is there, with its library for that: clang's, if there, as they see more."""
+    (folder / "empty.c").write_text("int main(void) { return 0; }\n", "utf-8")
+    for compiler in filter(is_there, ("clang", "gcc")):
+        if run([compiler, flag, "empty.c", "-o", "empty"], {}, folder).code == 0:
+            return compiler
+    pytest.skip(f"needs clang or gcc with the library of {flag}")
+
+
 def needs(compiler: str) -> Any:
     return pytest.param(
         compiler, marks=pytest.mark.skipif(not is_there(compiler), reason=f"needs {compiler}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, Result, build, is_there, needs, run
+from conftest import ROOT, Result, build, is_there, needs, run, sanitizing_compiler
 
 # Of all logits and choices of the models in kernels_test.c. The README promises these bits, so this
 # may change with those models, or when kernels.c is meant to compute something else from now on,
@@ -67,13 +67,6 @@ def test_other_optimisation(compile_test: Compile, compiler: str, level: str) ->
     check(run([compile_test(compiler, level), "hash"], {}))
 
 
-def can_sanitize(compiler: str, flag: str, folder: Path) -> bool:
-    """Whether the compiler is there, with its library for that."""
-    (folder / "empty.c").write_text("int main(void) { return 0; }\n", "utf-8")
-    command: list[object] = [compiler, flag, folder / "empty.c", "-o", folder / "empty"]
-    return is_there(compiler) and run(command, {}).code == 0
-
-
 @pytest.mark.parametrize(
     ("flag", "level", "arguments"),
     [
@@ -85,10 +78,7 @@ def can_sanitize(compiler: str, flag: str, folder: Path) -> bool:
 def test_sanitizers(
     compile_test: Compile, tmp_path: Path, flag: str, level: str, arguments: list[str]
 ) -> None:
-    """clang's, if there, as they see more."""
-    compiler = next((c for c in ("clang", "gcc") if can_sanitize(c, flag, tmp_path)), None)
-    if compiler is None:
-        pytest.skip(f"needs clang or gcc with the library of {flag}")
+    compiler = sanitizing_compiler(flag, tmp_path)
     program = compile_test(compiler, flag, level, "-fno-sanitize-recover=all", "-g1")
     result = run([program, *arguments], {})
     if "unexpected memory mapping" in result.err:  # where addresses are random in too many bits

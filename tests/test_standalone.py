@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import test_file
-from conftest import ENVIRONMENT, build, is_there, write_checkpoint
+from conftest import ENVIRONMENT, build, needs, sanitizing_compiler, write_checkpoint
 from test_file import SMALL, pack, pack_aligned, unpack, write_changed, write_config
 
 import tinygpt2
@@ -98,12 +98,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Command:
     """The same with every access to memory and all arithmetic watched."""
     folder = tmp_path_factory.mktemp("sanitized")
-    (folder / "empty.c").write_text("int main(void) { return 0; }\n", "utf-8")
-    for compiler in filter(is_there, ("clang", "gcc")):
-        line = [compiler, *SANITIZE, "empty.c", "-o", "empty"]
-        if subprocess.run(line, cwd=folder, capture_output=True).returncode == 0:
-            return make(folder, SANITIZE, compiler)
-    pytest.skip("needs clang or gcc with the library of AddressSanitizer")
+    return make(folder, SANITIZE, sanitizing_compiler(SANITIZE[0], folder))
 
 
 @pytest.fixture(params=["plain", "sanitized"])
@@ -112,10 +107,8 @@ def either(request: pytest.FixtureRequest) -> Command:
     return found
 
 
-@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("compiler", [needs("gcc"), needs("clang")])
 def test_no_warnings(tmp_path: Path, capfd: pytest.CaptureFixture[str], compiler: str) -> None:
-    if not is_there(compiler):
-        pytest.skip(f"needs {compiler}")
     make(tmp_path, ["-Wall", "-Wextra"], compiler)
     assert capfd.readouterr() == ("", "")
 
