@@ -54,7 +54,7 @@ typedef struct {
     void (*layer_norm)(const float *x, const float *weight, const float *bias, float epsilon, int n,
                        float *y);                            /* x[n]; weight, bias, y [up(n)] */
     void (*activate[3])(float *x, int n);                    /* in place, [up(n)] */
-    float (*softmax)(float *x, int n, int end, float scale); /* in place, [up(end)]; see there */
+    void (*softmax)(float *x, int n, int end, float scale);  /* in place, [up(end)]; see there */
     void (*log_sum)(const float *x, int n, float *top, float *sum); /* [n]: top + log(sum) */
     void (*exp)(float *x, int n);                            /* of x <= 0, in place, [up(n)] */
     int (*best)(const float *x, int n); /* [n]: where the largest is first; -1: not all finite */
@@ -276,14 +276,16 @@ static void layer_norm(const float *x, const float *weight, const float *bias, f
 }
 
 /* Scores to weights of attention: x[i] = exp(scale x[i] - their maximum) for i < n, then zeros, for
- * the positions that must not be seen. The caller divides by the sum: outputs are fewer. */
-static float softmax(float *x, int n, int end, float scale) {
+ * the positions that must not be seen, and all of it times 1 / the sum. The weights add up to 1
+ * before any value is weighted: a sum of huge values divided only afterwards would overflow. */
+static void softmax(float *x, int n, int end, float scale) {
     vec sum[PARTS] = {{0}};
     float top = scale * max_of(x, n);
     EACH(n) store(x + i, v_exp(load(x + i) * scale - top));
     for (int i = n; i < (int)up(end); i++) x[i] = 0;
     EACH(n) sum[part] += load(x + i);
-    return sum_of(sum);
+    vec share = all(1 / sum_of(sum));
+    EACH(n) store(x + i, load(x + i) * share);
 }
 static void log_sum(const float *x, int n, float *top, float *sum) {
     vec lanes[PARTS] = {{0}};
@@ -570,15 +572,14 @@ static void attention_unit(const task *t, int head) {
     for (int first = 0, n; first < s->n; first += n) {
         n = s->n - first < ATTENTION_ROWS ? s->n - first : ATTENTION_ROWS;
         int end = s->start + first + n;
-        float sum[ATTENTION_ROWS];
         f->product(query + first * wide, wide, n, keys, d * LANES, (int)up(end) / LANES, (int)d,
                    NULL, p, reach);
         for (int i = 0; i < n; i++)
-            sum[i] = f->softmax(p + i * reach, end - n + i + 1, end, (float)scale);
+            f->softmax(p + i * reach, end - n + i + 1, end, (float)scale);
         f->product(p, reach, n, values, positions * LANES, (int)up(d) / LANES, end, NULL, y, reach);
         for (int i = 0; i < n; i++)
             for (size_t e = 0; e < d; e++)
-                gathered[(first + i) * s->narrow + e] = y[i * reach + e] / sum[i];
+                gathered[(first + i) * s->narrow + e] = y[i * reach + e];
     }
 }
 

@@ -69,7 +69,7 @@ class Kernels(ctypes.Structure):
         ),
         ("layer_norm", ctypes.CFUNCTYPE(None, POINTER, POINTER, POINTER, FLOAT, INT, POINTER)),
         ("activate", ctypes.CFUNCTYPE(None, POINTER, INT) * 3),
-        ("softmax", ctypes.CFUNCTYPE(FLOAT, POINTER, INT, INT, FLOAT)),
+        ("softmax", ctypes.CFUNCTYPE(None, POINTER, INT, INT, FLOAT)),
         ("log_sum", ctypes.CFUNCTYPE(None, POINTER, INT, POINTER, POINTER)),
         ("exp", ctypes.CFUNCTYPE(None, POINTER, INT)),
         ("best", ctypes.CFUNCTYPE(INT, POINTER, INT)),
@@ -225,10 +225,10 @@ def exp(table: Kernels, put: Put, x: np.ndarray) -> list[np.ndarray]:
 def softmax(
     table: Kernels, put: Put, x: np.ndarray, end: int, scale: float = 1.0
 ) -> list[np.ndarray]:
-    """The weights, with the zeros behind, and their sum."""
+    """The weights, with the zeros behind."""
     y = put(padded(x, up(end)))
-    total = table.softmax(y.ctypes.data, len(x), end, scale)
-    return [y, np.array([total], np.float32)]
+    table.softmax(y.ctypes.data, len(x), end, scale)
+    return [y]
 
 
 def log_sum(table: Kernels, put: Put, x: np.ndarray) -> list[np.ndarray]:
@@ -479,40 +479,38 @@ def softmax_inputs() -> Iterator[tuple[np.ndarray, float]]:
 @on_every_isa
 def test_softmax(isa: str) -> None:
     """A score is rounded by up to U of it, which exp makes a relative error of the weight; found,
-    in units of U: 2 + 1.36 (|score| + |maximum|). The sum is that of the weights, in the one order.
-    """
+    in units of U: 2.6 + 1.36 (|score| + |maximum|), the sum's error and the division included."""
     for x, scale in softmax_inputs():
         for end in (len(x), len(x) + 1, len(x) + 40):
-            got, (total,) = softmax(TABLES[isa], plain, x, end, scale)
+            (got,) = softmax(TABLES[isa], plain, x, end, scale)
             scores = x.astype(np.float64) * np.float32(scale)
             exact = np.exp(scores - scores.max())
+            exact /= exact.sum()
             error = np.abs(got[: len(x)] / exact - 1)
-            assert (error <= (2.5 + 1.5 * (np.abs(scores) + np.abs(scores.max()))) * U).all()
+            bound = 6 + len(x) / 16 + 2 * (np.abs(scores) + np.abs(scores.max()))
+            assert (error <= bound * U).all()
             assert (got[len(x) :].view(np.int32) == 0).all()
-            assert total == lane_sum(got)
 
 
 @on_every_isa
 def test_softmax_of_numbers_that_are_not_finite(isa: str) -> None:
-    """What is not a number shows in the sum, by which all weights are divided."""
+    """What is not a number makes all weights so: no row of attention hides it."""
     for n in (1, 5, 16, 33):
         for place in {0, n // 2, n - 1}:
             x = normal(n, seed=n)
             for bad in (NAN, INF):
                 x[place] = bad
-                weights, (total,) = softmax(TABLES[isa], plain, x, n + 20)
-                assert np.isnan(total)
-                assert (weights[n:] == 0).all()
+                (weights,) = softmax(TABLES[isa], plain, x, n + 20)
+                assert np.isnan(weights[:n]).all()
             x[place] = -INF
-            weights, (total,) = softmax(TABLES[isa], plain, x, n)
-            assert np.isnan(total) if n == 1 else weights[place] < 2e-38 < 1 <= total
+            (weights,) = softmax(TABLES[isa], plain, x, n)
+            assert np.isnan(weights[0]) if n == 1 else weights[place] < 2e-38
 
 
 @on_every_isa
 def test_softmax_of_huge_scores(isa: str) -> None:
-    weights, (total,) = softmax(TABLES[isa], plain, np.array([1e38, -3e38, 1e38, 0], np.float32), 4)
-    assert weights[0] == weights[2] == 1
-    assert total == 2
+    (weights,) = softmax(TABLES[isa], plain, np.array([1e38, -3e38, 1e38, 0], np.float32), 4)
+    assert weights[0] == weights[2] == 0.5
     assert (weights[[1, 3]] < 2e-38).all()
 
 
@@ -708,7 +706,7 @@ def test_logits(isa: str, toy_path: Path) -> None:
 
 
 # Of the logits below; it may change with the default model, or as HASH of test_native.py may.
-TALES_HASH = "635ef180d925a1f9"
+TALES_HASH = "7ca841f741bcb23d"
 
 
 def test_logits_of_the_default_model(isa: str) -> None:
