@@ -1,21 +1,23 @@
-"""Builds what makes tinygpt2 fast; needs a C compiler and nothing else.
+"""Builds the compiled parts of tinygpt2. It needs a C compiler and nothing else.
 
     python build.py                  the C kernels: tinygpt2_kernels.so beside tinygpt2.py
     python build.py --standalone     the command ./tinygpt2, which needs no Python
     python build.py --mypyc          tinygpt2.py itself, compiled (needs mypy and setuptools)
-    python build.py --clean          removes all of that
+    python build.py --clean          removes everything that was built
 
-The compiler is $CC, else the first of cc, gcc and clang that is there, else the one in the
-package `ziglang`. $CFLAGS and $LDFLAGS are added. The target is the compiler's: with
+The compiler is $CC, else the first of cc, gcc and clang that is installed, else the one in the
+package `ziglang`. $CFLAGS and $LDFLAGS are added. The compiler decides the target: with
 CC=aarch64-linux-gnu-gcc the kernels are those for 64-bit Arm.
 
 kernels.c is compiled once for its common part and once per instruction set (TG_ISA), and all is
-linked into one library that chooses when it is loaded. Whatever $CFLAGS says, no compiler may
+linked into one library that chooses when it is loaded. In the command, vendor/tinygpt2.c, which
+includes kernels.c, takes the place of the common part. Whatever $CFLAGS says, no compiler may
 reorder or fuse arithmetic: every instruction set must give the same bits.
 
-`pip install .` comes here too: hatchling loads this file and calls WheelHook, last in the file.
-The kernels become part of the wheel, one for all versions of Python; without a compiler, or with
-TINYGPT2_PURE=1 in the environment, the wheel is pure Python.
+`pip install .` also uses this file: hatchling loads it and calls WheelHook, last in the file. The
+wheel holds the package tinygpt2/ with the kernels inside, one wheel for all versions of Python.
+Without a compiler, or with TINYGPT2_PURE=1 in the environment, the wheel is pure Python. An
+editable install copies nothing: it uses this folder, and the kernels are built in it.
 
 SPDX-License-Identifier: MIT
 """
@@ -71,11 +73,11 @@ CC="python -m ziglang cc"); without the kernels tinygpt2.py computes in NumPy.""
 
 
 class BuildError(Exception):
-    """What went wrong, and what to do."""
+    """Says what went wrong and what to do."""
 
 
 def run(command: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The finished process, or a BuildError with all it said."""
+    """Run a command. If it fails, raise a BuildError with all its output."""
     try:
         done = subprocess.run(
             command,
@@ -94,7 +96,7 @@ def run(command: Sequence[str], cwd: Path | None = None) -> subprocess.Completed
 
 
 def run_compiler(command: Sequence[str]) -> str:
-    """What it prints; its warnings are passed on."""
+    """Run the compiler, pass its warnings on, and return what it prints."""
     try:
         done = run(command)
     except BuildError as error:
@@ -137,14 +139,14 @@ class Compiler(NamedTuple):
     def flags(self) -> list[str]:
         flags = [*FLAGS, f'-DTG_VERSION="{read_version()}"']
         if any("zig" in Path(word).name for word in self.command):
-            flags += ["-mcpu=baseline", "-g0"]  # zig's defaults: this machine, and to debug
+            flags += ["-mcpu=baseline", "-g0"]  # its defaults: this CPU, and debug data
         if self.system == "darwin":
             flags += [f"-mmacosx-version-min={macos_version()}"]
         return flags
 
 
 def find_compiler() -> Compiler:
-    """The compiler to use, asked what it is and what it compiles for."""
+    """The compiler to use, with the target and version that it reports."""
     command = variable("CC") or compiler_on_path() or compiler_in_package()
     target = run_compiler([*command, "-dumpmachine"]).strip()
     if not target:
@@ -158,7 +160,7 @@ def compiler_on_path() -> list[str]:
 
 
 def compiler_in_package() -> list[str]:
-    """The package ziglang; -E, since `pip install .` hides packages by PYTHONPATH."""
+    """The one in the package ziglang. -E: `pip install .` hides packages through PYTHONPATH."""
     python = [sys.executable, "-E"]
     try:
         run([*python, "-c", "import ziglang"])
@@ -183,31 +185,36 @@ def read_version() -> str:
 
 
 def call(compiler: Compiler, flags: Iterable[str], rest: Iterable[str]) -> None:
-    """Run it with our flags, the caller's, the user's, `rest`, and last what nobody may change."""
+    """Run the compiler. Later flags override earlier ones, so CONTRACT comes last."""
     user = without_ofast("CFLAGS")
     run_compiler([*compiler.command, *compiler.flags, *flags, *user, *rest, *CONTRACT])
 
 
 def without_ofast(name: str) -> list[str]:
-    """No flag takes it back: linked with it, a library makes tiny numbers 0 in its process."""
+    """The words of a variable, with -O3 for -Ofast.
+
+    No later flag undoes -Ofast: a library that is linked with it turns on flush-to-zero in every
+    process that loads it.
+    """
     return ["-O3" if flag == "-Ofast" else flag for flag in variable(name)]
 
 
 def compile_objects(
-    compiler: Compiler, folder: Path, flags: Sequence[str] = (), common: Sequence[str] = ()
+    compiler: Compiler, folder: Path, flags: Sequence[str] = (), common: str = "kernels.c"
 ) -> list[Path]:
     """Compile kernels.c into one object per instruction set and one for what they share.
 
-    `flags` are added everywhere, `common` only to the shared part.
+    `flags` are added everywhere. `common` is the source of the shared part: kernels.c, or one that
+    includes it.
     """
     parts = {
         isa: [f"-DTG_ISA={isa}", *isa_flags] for isa, isa_flags in compiler.instruction_sets.items()
     }
-    parts["common"] = list(common)
+    parts["common"] = []
 
     def compile_part(name: str) -> Path:
         out = folder / f"{name}.o"
-        source = str(ROOT / "kernels.c")
+        source = str(ROOT / (common if name == "common" else "kernels.c"))
         call(compiler, [*flags, *parts[name]], ["-c", source, "-o", str(out)])
         return out
 
@@ -224,14 +231,14 @@ def link(
 
 @contextlib.contextmanager
 def temporary_folder(output: Path) -> Iterator[Path]:
-    """In the folder where the result goes: from there it is moved in one step."""
+    """A temporary folder inside `output`, so that a rename moves the result there in one step."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output) as folder:
         yield Path(folder)
 
 
 def move(result: Path, output: Path) -> Path:
-    """A process that uses what was there keeps it."""
+    """Replace the old file. A process that has it open keeps the old one."""
     os.replace(result, output / result.name)
     return output / result.name
 
@@ -243,9 +250,8 @@ def build_kernels(
     suffix = ".exe" if compiler.system == "windows" else ""
     name = f"tinygpt2{suffix}" if standalone else LIBRARY + SUFFIXES.get(compiler.system, ".so")
     with temporary_folder(output) as folder:
-        objects = compile_objects(
-            compiler, folder, flags, ["-DTG_STANDALONE"] if standalone else []
-        )
+        common = "vendor/tinygpt2.c" if standalone else "kernels.c"
+        objects = compile_objects(compiler, folder, flags, common)
         link(compiler, objects, folder / name, [*flags, *([] if standalone else ["-shared"])])
         return move(folder / name, output)
 
@@ -310,7 +316,7 @@ def build_c(output: Path, standalone: bool, sanitize: str | None) -> None:
     print(f"compiler  {shlex.join(compiler.command)}: {compiler.version}, for {compiler.target}")
     print(f"contains  {', '.join(compiler.instruction_sets)}")
     if standalone:
-        print(f'run it    {shlex.quote(str(path))} MODEL.tg2 --ids "15496 995" --max-tokens 50')
+        print(f'run it    {shlex.quote(str(path))} --model MODEL.tg2 --ids "15496 995" --text')
     elif not sanitize:  # the sanitizers' runtime must be loaded before Python
         print(f"chosen    {chosen(path)}")
 
@@ -343,6 +349,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 # The wheel
 
+# The places in the package are those in the checkout: tinygpt2.py looks for vendor/ and for the
+# kernels beside itself.
+PACKAGE = {
+    "tinygpt2.py": "__init__.py",
+    "vendor/MODEL_CARD.md": "vendor/MODEL_CARD.md",
+    "vendor/convert.py": "vendor/convert.py",
+    "vendor/tales.tg2": "vendor/tales.tg2",
+}
+MAIN = '''\
+"""Runs the command line: `python -m tinygpt2`."""
+
+import sys
+
+from tinygpt2 import main
+
+if __name__ == "__main__":
+    sys.exit(main())
+'''
+GENERATED = {"__main__.py": MAIN, "py.typed": ""}  # py.typed: type checkers use the annotations
+
+
+def package_files(folder: Path) -> dict[Path, str]:
+    """Every file of the package but the kernels, with its path in the wheel.
+
+    Those that no file of the project holds are written into `folder`.
+    """
+    for name, text in GENERATED.items():
+        (folder / name).write_text(text, "utf-8")
+    files = {ROOT / source: name for source, name in PACKAGE.items()}
+    files |= {folder / name: name for name in GENERATED}
+    return {source: f"tinygpt2/{name}" for source, name in files.items()}
+
 
 def platform_tag(compiler: Compiler) -> str:
     """The platform that the compiler compiles for, as wheels name it."""
@@ -359,23 +397,35 @@ if "hatchling" in sys.modules:  # it is hatchling that loads this file
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
     class WheelHook(BuildHookInterface[Any]):
-        """Puts the kernels into the wheel, or beside the source of an editable install."""
+        """Makes the package of a wheel, or the kernels of an editable install."""
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
             self.folder = tempfile.TemporaryDirectory()
+            if version == "editable":
+                self.build(ROOT)
+            else:
+                self.fill(build_data, Path(self.folder.name))
+
+        def build(self, output: Path) -> tuple[Compiler, Path] | None:
+            """The compiler and the kernels that it made; None if they cannot be built."""
             try:
                 if os.environ.get("TINYGPT2_PURE") == "1":
                     raise BuildError("TINYGPT2_PURE=1 asks for that")
                 compiler = find_compiler()
-                output = ROOT if version == "editable" else Path(self.folder.name)
-                library = build_kernels(compiler, output)
+                return compiler, build_kernels(compiler, output)
             except (BuildError, OSError) as error:
                 self.app.display_warning(f"installing without the C kernels: {error}")
-                return
-            if version != "editable":
-                build_data["force_include"][str(library)] = library.name
+                return None
+
+        def fill(self, build_data: dict[str, Any], folder: Path) -> None:
+            files = package_files(folder)
+            built = self.build(folder)
+            if built is not None:
+                compiler, library = built
+                files[library] = f"tinygpt2/{library.name}"
                 build_data["pure_python"] = False
                 build_data["tag"] = f"py3-none-{platform_tag(compiler)}"
+            build_data["force_include"].update({str(path): name for path, name in files.items()})
 
         def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
             self.folder.cleanup()

@@ -9,31 +9,36 @@ or ``python tinygpt2.py --prompt "Once upon a time"``; ``--help`` lists the rest
 
 The file reads from top to bottom as the story of one prompt:
 
-    1. errors        one family of exceptions, each says what, where, expected, found, what to do
+    1. errors        one family of exceptions; each says what, where, expected, found, what to do
     2. the file      safetensors: a header in JSON, then the numbers; mapped, never copied
     3. the model     its configuration, and the tensors that a .tg2 file must hold
-    4. tokens        text to token ids and back: byte-level byte-pair encoding
-    5. forward       token ids to logits: the transformer itself, in NumPy or in kernels.c
-    6. choice        logits to the next token: temperature, top_k, top_p, min_p, a seed
+    4. tokens        text to token ids and back: byte-level byte-pair encoding; streamed text
+    5. forward       token ids to logits: the transformer itself, in NumPy
+    6. choice        logits to the next token: filters, and a draw that depends on seed and place
     7. text          sessions and models: the loop that feeds each choice back
-    8. conversion    checkpoints of the transformers library to .tg2, and how to fetch them
-    9. command line
 
-Importing this module does nothing. Where `python build.py` has made the kernels, a model runs in C
-and NumPy is imported only for the arrays that some methods return.
+The story ends there. What follows makes it fast and usable from a terminal:
+
+    8. kernels       the same forward pass and choice in C (kernels.c), through ctypes
+    9. processors    how many threads to use
+    10. command line
+
+Importing this module does nothing. Where `python build.py` has built the kernels, a model runs in
+C, and NumPy is imported only for the arrays that some methods return. Conversion of checkpoints
+lives in vendor/convert.py, the default model in vendor/tales.tg2.
 
 Sources: Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019);
-Vaswani et al., "Attention Is All You Need" (2017); the names are those of GPT-2's checkpoints.
+Vaswani et al., "Attention Is All You Need" (2017). Names are those of GPT-2's checkpoints.
 
 SPDX-License-Identifier: MIT
 """
 
 from __future__ import annotations
 
-import array
 import bisect
 import codecs
 import contextlib
+import errno
 import heapq
 import importlib
 import json
@@ -47,6 +52,7 @@ import struct
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import (
@@ -55,29 +61,44 @@ from typing import (
     Callable,
     Literal,
     NamedTuple,
+    NoReturn,
+    Optional,
+    Protocol,
+    SupportsFloat,
+    SupportsIndex,
     Union,
 )
 
 if TYPE_CHECKING:
     import argparse
+    from types import ModuleType
 
-    import numpy as np
+    import numpy
+    import numpy.typing
 
-    Array = Any  # a NumPy array; its type cannot say the shape, which stands in the comments
-    Path = Union[str, "os.PathLike[str]"]
-    Prompt = Union[str, Sequence[int]]
-    Progress = Callable[[str, int, int], None]
+    FloatArray = numpy.typing.NDArray[numpy.float32]
 
-__version__ = "0.1.0"
+vars(sys.modules[__name__])["FloatArray"] = Any  # for hints at run time: NumPy may be absent
+
+Array = Any  # a NumPy array inside this module; its shape stands in the comments
+Path = Union[str, "os.PathLike[str]"]
+Prompt = Union[str, Iterable[SupportsIndex]]  # text, or token ids
+Number = Union[SupportsFloat, SupportsIndex]  # Python's numbers and NumPy's
+Progress = Callable[[str, int, int], None]  # called with a label, how much is done, how much in all
+
+__version__ = "0.2.0"
 __all__ = [
+    "Answer",
     "Config",
     "ContextError",
     "DownloadError",
     "FormatError",
     "InputError",
+    "MissingFileError",
     "Model",
     "NumericError",
     "Options",
+    "Result",
     "Score",
     "Session",
     "StateError",
@@ -93,19 +114,39 @@ __all__ = [
 # ------------------------------------------------------------------------------------------------
 
 
-class TinyGPT2Error(Exception):
+class TinyGPT2Error(Exception, metaclass=type):  # noqa: UP050 (for MissingFileError)
     """The base of every error that this module raises on purpose."""
 
 
 class FormatError(TinyGPT2Error):
-    """A file is not what it should be. `path` and `field` say which and where."""
+    """A file is not what it should be. `path` and `field` say which file and which part of it."""
 
     def __init__(self, path: str, field: str, expected: str, found: str, advice: str = "") -> None:
-        advice = advice or "the file is damaged or not of this kind; convert or download it again"
-        place = path if path.isprintable() else ascii(path)
-        super().__init__(f"{place}: {field}: expected {expected}, found {found} ({advice})")
+        super().__init__(path, field, expected, found, advice)  # the arguments that pickle passes
         self.path = path
         self.field = field
+        self.expected = expected
+        self.found = found
+        self.advice = advice or "the file is damaged or of another kind; convert or download it"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.field, self.expected, self.found, self.advice)
+
+    def __str__(self) -> str:
+        place = f"{show_path(self.path)}: {self.field}"
+        return f"{place}: expected {self.expected}, found {self.found} ({self.advice})"
+
+
+class MissingFileError(FormatError, FileNotFoundError):
+    """A file is not there. It is also Python's own FileNotFoundError, with its attributes.
+
+    (mypyc's native classes cannot have such a second base.)
+    """
+
+    def __init__(self, path: str, field: str, expected: str, found: str, advice: str = "") -> None:
+        super().__init__(path, field, expected, found, advice)
+        self.errno, self.strerror, self.filename = errno.ENOENT, found, path
+        self.filename2 = None
 
 
 class InputError(TinyGPT2Error, ValueError):
@@ -128,10 +169,25 @@ class DownloadError(TinyGPT2Error):
     """A file could not be fetched from the hub."""
 
 
-def brief(value: object) -> str:
-    """`value` for an error message: strange bytes escaped, and never longer than a line."""
-    text = ascii(value)
+def quote(value: object) -> str:
+    """`value` as an error message shows it: in ASCII, and at most a line."""
+    try:
+        text = ascii(value)
+    except Exception:  # an integer of thousands of digits, or an object that cannot show itself
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:60] + f"... ({len(text)} characters)"
+
+
+def show_path(path: str) -> str:
+    """A path as an error message shows it: escaped where a terminal could not print it."""
+    return path if path.isprintable() else ascii(path)
+
+
+def path_text(path: object, what: str) -> str:
+    """A path as a string; `what` names the argument in the error."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{what}: expected a path, found {quote(path)}")
+    return os.fsdecode(path)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,12 +225,15 @@ class TensorFile:
         the rest     the numbers, little-endian, row-major; offsets count from here, and the
                      tensors cover it without a gap or an overlap
 
-    Nothing in the file is trusted: every failure is a `FormatError`, before any memory is taken
-    for what the header claims.
+    Files that `write_tensors` wrote have two checksums in their metadata: "crc32" of the data, and
+    "header_crc32" of the header, which is checked here.
+
+    Nothing in the file is trusted: every failure is a `FormatError`, raised before any memory is
+    allocated for what the header claims.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = os.fsdecode(path)
+        self.path = path_text(path, "path")
         self.map = map_file(self.path)
         try:
             self.tensors, self.metadata, self.data_start = parse_header(self.path, self.map)
@@ -221,6 +280,11 @@ def map_file(path: str) -> mmap.mmap:
             raise FormatError(path, "file", "some content", "an empty file")
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        advice = "check the path"
+        raise MissingFileError(
+            path, "file", "a readable file", str(error.strerror), advice
+        ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or an emptied file
         reason = getattr(error, "strerror", None) or str(error)
         advice = "check the path and its permissions"
@@ -231,35 +295,37 @@ def kind_of(mode: int) -> str:
     return "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
 
 
-def parse_header(
-    path: str, data: bytes | mmap.mmap
-) -> tuple[dict[str, Tensor], dict[str, str], int]:
+Data = Union[bytes, mmap.mmap]
+
+
+def parse_header(path: str, data: Data) -> tuple[dict[str, Tensor], dict[str, str], int]:
     """Check a safetensors header; return its tensors, its metadata and where the data starts."""
     start = 8 + header_length(path, data)
     header = parse_json_object(path, "header", bytes(data[8:start]))
     metadata = header.pop("__metadata__", {})
     if not is_text_map(metadata):
-        raise FormatError(path, "__metadata__", "an object of strings", brief(metadata))
+        raise FormatError(path, "__metadata__", "an object of strings", quote(metadata))
+    if HEADER_CRC in metadata:
+        check_header_crc(path, bytes(data[:start]), metadata[HEADER_CRC])
     tensors = {name: parse_tensor(path, name, entry, start) for name, entry in header.items()}
     check_coverage(path, tensors, start, len(data))
     return tensors, metadata, start
 
 
-def header_length(path: str, data: bytes | mmap.mmap) -> int:
+def header_length(path: str, data: Data) -> int:
     if len(data) < 8:
         raise FormatError(path, "header length", "8 bytes", f"a file of {len(data)} bytes")
     length: int = struct.unpack("<Q", data[:8])[0]
     if length > MAX_HEADER:
         raise FormatError(path, "header length", f"at most {MAX_HEADER}", str(length))
     if length > len(data) - 8:
-        raise FormatError(
-            path, "header length", f"at most {len(data) - 8} (the file's end)", str(length)
-        )
+        limit = f"at most {len(data) - 8} (the file's end)"
+        raise FormatError(path, "header length", limit, str(length))
     return length
 
 
 def parse_json_object(path: str, field: str, text: bytes) -> dict[str, Any]:
-    """Parse UTF-8 JSON strictly: an object, no name twice, no NaN, no bottomless nesting."""
+    """Parse UTF-8 JSON strictly: an object, no name twice, no NaN, no unlimited nesting."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
@@ -273,9 +339,9 @@ def parse_json_object(path: str, field: str, text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-        raise FormatError(path, field, "JSON in UTF-8", brief(str(error))) from None
+        raise FormatError(path, field, "JSON in UTF-8", quote(str(error))) from None
     if not isinstance(value, dict):
-        raise FormatError(path, field, "a JSON object", brief(value))
+        raise FormatError(path, field, "a JSON object", quote(value))
     return value
 
 
@@ -293,25 +359,25 @@ def is_offset(value: object) -> bool:
 
 def parse_tensor(path: str, name: str, entry: object, data_start: int) -> Tensor:
     """Check one entry of the header by itself: dtype, shape, and that both fit its range."""
-    field = f"tensor {brief(name)}"
+    field = f"tensor {quote(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(path, field, "dtype, shape and data_offsets", brief(entry))
+        raise FormatError(path, field, "dtype, shape and data_offsets", quote(entry))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_SIZES:
-        raise FormatError(path, f"{field} dtype", "one of " + ", ".join(DTYPE_SIZES), brief(dtype))
+        raise FormatError(path, f"{field} dtype", "one of " + ", ".join(DTYPE_SIZES), quote(dtype))
     if not isinstance(shape, list) or not all(map(is_count, shape)):
-        raise FormatError(path, f"{field} shape", "a list of counts", brief(shape))
+        raise FormatError(path, f"{field} shape", "a list of counts", quote(shape))
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_offset, offsets)):
-        raise FormatError(path, f"{field} data_offsets", "two byte offsets", brief(offsets))
+        raise FormatError(path, f"{field} data_offsets", "two byte offsets", quote(offsets))
     start, stop = offsets
-    if byte_size(dtype, shape) != stop - start:
-        found = f"data_offsets {brief(offsets)} for {dtype} {brief(shape)}"
+    if start > stop or byte_size(dtype, shape) != stop - start:
+        found = f"data_offsets {quote(offsets)} for {dtype} {quote(shape)}"
         raise FormatError(path, f"{field} data_offsets", "a range that fits the shape", found)
     return Tensor(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
 def byte_size(dtype: str, shape: Sequence[int]) -> int:
-    """The size of a tensor in bytes; -1 if it is beyond every file (the format counts 64 bits)."""
+    """The size of a tensor in bytes; -1 if it is larger than any file (the format has 64 bits)."""
     size = 0 if 0 in shape else DTYPE_SIZES[dtype]
     for count in shape:
         if size >= 1 << 63:
@@ -324,7 +390,7 @@ def check_coverage(path: str, tensors: dict[str, Tensor], start: int, stop: int)
     """The tensors must cover the data section from its start to its end, each byte once."""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if tensor.start != start:
-            field = f"tensor {brief(name)} data_offsets"
+            field = f"tensor {quote(name)} data_offsets"
             kind = "a gap" if tensor.start > start else "an overlap"
             raise FormatError(path, field, f"a start at byte {start}", f"{kind}: {tensor.start}")
         start = tensor.stop
@@ -332,15 +398,127 @@ def check_coverage(path: str, tensors: dict[str, Tensor], start: int, stop: int)
         raise FormatError(path, "file size", f"{start} bytes, as the header says", f"{stop} bytes")
 
 
+HEADER_CRC = "header_crc32"
+NO_CRC = "00000000"  # what stands in place of a header's checksum while it is computed
+
+
+def check_header_crc(path: str, head: bytes, expected: str) -> None:
+    """`head` is the file up to its data: the length, then the header."""
+    field = f"__metadata__ {HEADER_CRC}"
+    place = f'"{HEADER_CRC}":"'.encode()
+    digits = head.find(place) + len(place)
+    value = head[digits : digits + len(NO_CRC)]
+    if head.count(place) != 1 or value != expected.encode("ascii", "replace"):
+        raise FormatError(path, field, "the field once, without spaces", "another form")
+    found = header_crc(head[:digits] + NO_CRC.encode() + head[digits + len(NO_CRC) :])
+    if found != expected:
+        raise FormatError(path, field, quote(expected), f"a header with the CRC-32 {found}")
+
+
+def header_crc(head: bytes) -> str:
+    return f"{zlib.crc32(head):08x}"
+
+
+# Writing: one function for every file that this project writes.
+
+Entry = tuple[str, tuple[int, ...]]  # dtype and shape
+ALIGNMENT = 64  # bytes; a cache line, and one AVX-512 register
+
+
+def write_tensors(
+    path: str,
+    entries: dict[str, Entry],
+    data: Iterable[bytes],
+    metadata: dict[str, str],
+    check: Callable[[TensorFile], object],
+    progress: Optional[Progress] = None,
+) -> None:
+    """Write a safetensors file with both checksums; it appears whole or not at all.
+
+    `data` is the data section in the order of `entries`, in pieces of any size. The file is
+    written beside its target, synced, read back, given to `check`, and then renamed. A crash
+    leaves the old file or the new one.
+    """
+    if "\0" in path:
+        raise cannot_write(path, "a path with a null byte")
+    if os.path.isdir(path):
+        raise cannot_write(path, "Is a directory")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise cannot_write(path, "it exists and is not a regular file")
+    temporary = f"{path}.{os.getpid()}-{os.urandom(3).hex()}.tmp"
+    try:
+        write_content(temporary, entries, data, metadata, progress)
+        with contextlib.closing(TensorFile(temporary)) as written:
+            if written.checksum() != written.metadata["crc32"]:
+                raise OSError("the disk gives back other data than was written")
+            check(written)
+        os.replace(temporary, path)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, TinyGPT2Error):
+            raise
+        raise cannot_write(path, getattr(error, "strerror", None) or str(error)) from None
+    finally:
+        with contextlib.suppress(OSError, UnicodeError):
+            os.unlink(temporary)
+
+
+def cannot_write(path: str, reason: str) -> TinyGPT2Error:
+    advice = "nothing was changed; free some space or choose another place"
+    return TinyGPT2Error(f"{show_path(path)}: cannot write: {reason} ({advice})")
+
+
+def write_content(
+    path: str,
+    entries: dict[str, Entry],
+    data: Iterable[bytes],
+    metadata: dict[str, str],
+    progress: Optional[Progress],
+) -> None:
+    """The header with an empty checksum, the data, then the header again with the right one."""
+    with open(path, "xb") as file:
+        header = make_header(entries, {**metadata, "crc32": NO_CRC})
+        total = len(header) + sum(byte_size(*entry) for entry in entries.values())
+        file.write(header)
+        crc = 0
+        for piece in data:
+            file.write(piece)
+            crc = zlib.crc32(piece, crc)
+            if progress:
+                progress("writing", file.tell(), total)
+        file.seek(0)
+        file.write(make_header(entries, {**metadata, "crc32": f"{crc:08x}"}))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_header(entries: dict[str, Entry], metadata: dict[str, str]) -> bytes:
+    """The header with its length before it, padded so that the data starts on a cache line."""
+    header: dict[str, Any] = {"__metadata__": {**metadata, HEADER_CRC: NO_CRC}}
+    start = 0
+    for name, (dtype, shape) in entries.items():
+        stop = start + byte_size(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(round_up(8 + len(text), ALIGNMENT) - 8)
+    head = struct.pack("<Q", len(text)) + text
+    empty = f'"{HEADER_CRC}":"{NO_CRC}"'
+    return head.replace(empty.encode(), empty.replace(NO_CRC, header_crc(head)).encode(), 1)
+
+
+def round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
 # ------------------------------------------------------------------------------------------------
 # 3. The model
 # ------------------------------------------------------------------------------------------------
 
-FORMAT, FORMAT_VERSION = "tinygpt2", "1"
+FORMAT = "tinygpt2"
+FORMAT_VERSION = "2"  # the version that is written; version 1 is read as well
 PANEL = 16  # outputs side by side in a panel: one AVX-512 register, two of AVX2, four of NEON
-ALIGNMENT = 64  # bytes; a cache line, and one AVX-512 register
-ACTIVATIONS = ("gelu_new", "gelu", "relu")
-PRE_TOKENIZER = "gpt2"  # the name of the one way of cutting text that section 4 implements
+ACTIVATIONS = ("gelu_new", "gelu", "relu")  # in the order of kernels.c
+PRE_TOKENIZER = "gpt2"  # the one way of cutting text into words that section 4 implements
 
 
 class Config(NamedTuple):
@@ -357,16 +535,16 @@ class Config(NamedTuple):
     scale_attn_weights: bool  # divide attention scores by sqrt(head size)
     scale_attn_by_inverse_layer_idx: bool  # divide them by the layer's number, from 1
     tie_word_embeddings: bool  # the logits use the token embedding's own matrix
-    bos_token_id: int | None
-    eos_token_id: int | None  # end-of-text
-    n_merges: int | None  # None: there is no tokenizer inside
+    bos_token_id: Optional[int]
+    eos_token_ids: tuple[int, ...]  # the tokens that end an answer; the first is end-of-text
+    n_merges: Optional[int]  # None: there is no tokenizer inside
     n_token_bytes: int
     special_tokens: dict[str, int]
     add_prefix_space: bool
     pre_tokenizer: str
 
 
-# Sizes far beyond every GPT-2, and small enough that no product of them is absurd.
+# Sizes far beyond every GPT-2, and small enough that no product of them overflows.
 SIZE_LIMITS = {
     "vocab_size": 1 << 24,
     "n_positions": 1 << 24,
@@ -375,12 +553,13 @@ SIZE_LIMITS = {
     "n_head": 1 << 12,
     "n_inner": 1 << 20,
 }
-SWITCHES = (
+FLAGS = (
     "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx",
     "tie_word_embeddings",
     "add_prefix_space",
 )
+MAX_SPECIAL = 256  # characters of a special token's text, so that looking for them stays cheap
 
 
 def check_config(path: str, values: dict[str, Any]) -> Config:
@@ -388,40 +567,50 @@ def check_config(path: str, values: dict[str, Any]) -> Config:
 
     def require(name: str, condition: bool, expected: str) -> None:
         if not condition:
-            raise FormatError(path, f"config {name}", expected, brief(values.get(name)))
+            raise FormatError(path, f"config {name}", expected, quote(values.get(name)))
 
     missing = [name for name in Config._fields if name not in values]
     surplus = [name for name in values if name not in Config._fields]
     if missing or surplus:
-        found = f"missing {brief(missing)}, unknown {brief(surplus)}"
+        found = f"missing {quote(missing)}, unknown {quote(surplus)}"
         raise FormatError(path, "config", "exactly the known names", found)
     for name, limit in SIZE_LIMITS.items():
         value = values[name]
         require(name, is_count(value) and 1 <= value <= limit, f"a whole number from 1 to {limit}")
     require("n_head", values["n_embd"] % values["n_head"] == 0, "a divisor of n_embd")
-    require(
-        "activation_function", values["activation_function"] in ACTIVATIONS, f"one of {ACTIVATIONS}"
-    )
+    activation = values["activation_function"]
+    require("activation_function", activation in ACTIVATIONS, f"one of {ACTIVATIONS}")
     epsilon = values["layer_norm_epsilon"]
-    require(
-        "layer_norm_epsilon", isinstance(epsilon, float) and 0 <= epsilon < 1, "0 <= epsilon < 1"
-    )
-    for name in SWITCHES:
+    is_small = isinstance(epsilon, float) and 0 <= epsilon < 1
+    require("layer_norm_epsilon", is_small, "0 <= epsilon < 1")
+    for name in FLAGS:
         require(name, isinstance(values[name], bool), "true or false")
     size = values["vocab_size"]
-    for name in ("bos_token_id", "eos_token_id"):
-        require(name, values[name] is None or is_token(values[name], size), f"a token below {size}")
-    special = values["special_tokens"]
-    known = isinstance(special, dict) and all(is_token(token, size) for token in special.values())
-    require("special_tokens", known and "" not in special, f"texts with tokens below {size}")
+    bos, ends = values["bos_token_id"], values["eos_token_ids"]
+    require("bos_token_id", bos is None or is_token(bos, size), f"a token below {size}")
+    are_ids = isinstance(ends, (list, tuple)) and all(is_token(token, size) for token in ends)
+    are_unique = are_ids and len(set(ends)) == len(ends)
+    require("eos_token_ids", are_unique, f"a list of tokens below {size}, none twice")
+    require(
+        "special_tokens",
+        are_special_tokens(values["special_tokens"], size),
+        f"texts of 1 to {MAX_SPECIAL} characters with tokens below {size}",
+    )
     for name in ("n_merges", "n_token_bytes"):
         absent = name == "n_merges" and values[name] is None
         require(name, absent or (is_count(values[name]) and values[name] < 1 << 31), "a count")
     require("pre_tokenizer", values["pre_tokenizer"] == PRE_TOKENIZER, repr(PRE_TOKENIZER))
-    return Config(**values)
+    return Config(**{**values, "eos_token_ids": tuple(ends)})
 
 
-def as_index(value: Any) -> int | None:
+def are_special_tokens(value: object, vocab_size: int) -> bool:
+    return isinstance(value, dict) and all(
+        1 <= len(text) <= MAX_SPECIAL and is_token(token, vocab_size)
+        for text, token in value.items()
+    )
+
+
+def as_index(value: Any) -> Optional[int]:
     """A whole number, NumPy's included, as an int; None for everything else."""
     try:
         return None if type(value).__name__.startswith("bool") else operator.index(value)
@@ -433,11 +622,7 @@ def is_token(value: object, vocab_size: int) -> bool:
     return is_count(value) and value < vocab_size  # type: ignore[operator]
 
 
-def round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def layout(config: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
+def layout(config: Config) -> dict[str, Entry]:
     """Every tensor of a .tg2 file, in the file's order: its name, dtype and shape.
 
     A matrix that maps k inputs to n outputs is stored in panels, float32 [ceil(n/16), k, 16]:
@@ -446,10 +631,10 @@ def layout(config: Config) -> dict[str, tuple[str, tuple[int, ...]]]:
     starts on a 64-byte boundary; the vocabulary's tensors are explained at `Tokenizer`.
     """
 
-    def panels(inputs: int, outputs: int) -> tuple[str, tuple[int, ...]]:
+    def panels(inputs: int, outputs: int) -> Entry:
         return "F32", (-(-outputs // PANEL), inputs, PANEL)
 
-    def vector(outputs: int) -> tuple[str, tuple[int, ...]]:
+    def vector(outputs: int) -> Entry:
         return "F32", (round_up(outputs, PANEL),)
 
     n_embd, n_inner = config.n_embd, config.n_inner
@@ -491,20 +676,21 @@ def vector_length(config: Config, name: str) -> int:
     return config.n_inner if name.endswith("c_fc.bias") else config.n_embd
 
 
+def tg2_metadata(config: Config) -> dict[str, str]:
+    """The metadata of a .tg2 file, to which `write_tensors` adds the checksums."""
+    text = json.dumps(config._asdict())
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "config": text}
+
+
 def read_config(file: TensorFile) -> Config:
     """The configuration of a .tg2 file, checked against the tensors that the file holds."""
-    name, version = file.metadata.get("format"), file.metadata.get("format_version")
-    if name != FORMAT:
-        advice = "`python tinygpt2.py convert` makes a .tg2 file from a checkpoint"
-        raise FormatError(file.path, "__metadata__ format", repr(FORMAT), brief(name), advice)
-    if version != FORMAT_VERSION:
-        advice = "convert the checkpoint again, or use the tinygpt2 that wrote the file"
-        raise FormatError(
-            file.path, "__metadata__ format_version", FORMAT_VERSION, brief(version), advice
-        )
+    version = check_version(file)
     text = file.metadata.get("config", "").encode("utf-8", "surrogatepass")
-    config = check_config(file.path, parse_json_object(file.path, "__metadata__ config", text))
-    # Each layer has tensors of its own: a count beyond them would only cost memory to refuse.
+    values = parse_json_object(file.path, "__metadata__ config", text)
+    if version == "1":
+        values = from_version_1(file.path, values)
+    config = check_config(file.path, values)
+    # Each layer has tensors of its own. So refuse a larger count before a layout is made for it.
     if config.n_layer > len(file.tensors):
         found = f"{len(file.tensors)} tensors"
         raise FormatError(file.path, "tensors", f"those of {config.n_layer} layers", found)
@@ -512,38 +698,62 @@ def read_config(file: TensorFile) -> Config:
     return config
 
 
-def check_tensors(file: TensorFile, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+def from_version_1(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 had one end token, or null, in place of a list."""
+    if "eos_token_id" not in values or "eos_token_ids" in values:
+        raise FormatError(path, "config", "exactly the names of version 1", "others")
+    end = values["eos_token_id"]
+    rest = {name: value for name, value in values.items() if name != "eos_token_id"}
+    return {**rest, "eos_token_ids": [] if end is None else [end]}
+
+
+def check_version(file: TensorFile) -> str:
+    name, version = file.metadata.get("format"), file.metadata.get("format_version")
+    if name != FORMAT:
+        advice = "`python tinygpt2.py convert` makes a .tg2 file from a checkpoint"
+        raise FormatError(file.path, "__metadata__ format", repr(FORMAT), quote(name), advice)
+    if version not in ("1", FORMAT_VERSION):
+        advice = "convert the checkpoint again, or use the tinygpt2 that wrote the file"
+        field, expected = "__metadata__ format_version", f"'1' or {FORMAT_VERSION!r}"
+        raise FormatError(file.path, field, expected, quote(version), advice)
+    if (version == "1") == (HEADER_CRC in file.metadata):
+        expected = "none in version 1, and one from version 2 on"
+        found = quote(file.metadata.get(HEADER_CRC))
+        raise FormatError(file.path, f"__metadata__ {HEADER_CRC}", expected, found)
+    return version
+
+
+def check_tensors(file: TensorFile, expected: dict[str, Entry]) -> None:
     for name, (dtype, shape) in expected.items():
-        tensor = file.tensors.get(name)
+        tensor, field = file.tensors.get(name), f"tensor {name}"
         if tensor is None:
-            raise FormatError(
-                file.path, f"tensor {name}", f"{dtype} {list(shape)}", "no such tensor"
-            )
+            raise FormatError(file.path, field, f"{dtype} {list(shape)}", "no such tensor")
         if (tensor.dtype, tensor.shape) != (dtype, shape):
-            found = f"{tensor.dtype} {brief(list(tensor.shape))}"
-            raise FormatError(file.path, f"tensor {name}", f"{dtype} {list(shape)}", found)
+            found = f"{tensor.dtype} {quote(list(tensor.shape))}"
+            raise FormatError(file.path, field, f"{dtype} {list(shape)}", found)
         if tensor.start % ALIGNMENT:
             found = f"byte {tensor.start}"
-            raise FormatError(file.path, f"tensor {name}", f"a start on {ALIGNMENT} bytes", found)
+            raise FormatError(file.path, field, f"a start on {ALIGNMENT} bytes", found)
     surplus = [name for name in file.tensors if name not in expected]
     if surplus:
-        raise FormatError(file.path, "tensors", "only those of a GPT-2", brief(surplus[0]))
+        raise FormatError(file.path, "tensors", "only those of a GPT-2", quote(surplus[0]))
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Tokens
+# 4. Tokens, and text as it comes
 # ------------------------------------------------------------------------------------------------
 
-# GPT-2 first cuts text into words, which the merges below never cross: a contraction, or letters,
-# or digits, or other signs, each with one space before it if there is one, or white space.
+# GPT-2 first cuts text into words; the merges below never cross the end of a word. A word is a
+# contraction, or letters, digits or other signs, with one space before them if there is one, or
+# white space.
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # The standard library's `re` has no \p{L} and \p{N}. Its \w and \d come near, so the same pattern
 # is matched on a shadow of the text, of the same length, in which the exceptions are replaced.
 SHADOW_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d]+| ?\d+| ?[^\w\s]+|\s+(?!\S)|\s+"
 
-# Letters that Unicode got after version 13, the one that Python 3.9 knows, up to version 18.
-YOUNG_LETTERS = """
+# Letters that Unicode added after version 13, the one of Python 3.9, up to version 18.
+NEW_LETTERS = """
 558 58b-58c 870-887 889-88f 8b5 8c8-8c9 c5c-c5d cdc-cdd 170d 171f 1b4c 1c89-1c8a 208f 209d-209f 2c2f
 2c5f 9ffd-9fff a7c0-a7c1 a7cb-a7dd a7e2 a7f1-a7f4 ab6c-ab6d 10570-1057a 1057c-1058a 1058c-10592
 10594-10595 10597-105a1 105a3-105b1 105b3-105b9 105bb-105bc 105c0-105f3 10780-10785 10787-107b0
@@ -558,7 +768,7 @@ YOUNG_LETTERS = """
 2b81e 2cea2-2cead 2ebf0-2ee5d 31350-33479 3d000-3fc3f
 """
 
-# Numbers that `re` does not count among \d: fractions, superscripts, Roman numerals, young digits.
+# Numbers that `re` does not count among \d: fractions, superscripts, Roman numerals, newer digits.
 ODD_NUMBERS = """
 b2-b3 b9 bc-be 9f4-9f9 b72-b77 bf0-bf2 c78-c7e d58-d5e d70-d78 f2a-f33 1369-137c 16ee-16f0 17f0-17f9
 19da 2070 2074-2079 2080-2089 2150-2182 2185-2189 2460-249b 24ea-24ff 2776-2793 2cfd 3007 3021-3029
@@ -609,9 +819,9 @@ class ShadowCutter:
             return self.ascii_shadow
         if not self.full_shadow:
             shadow = dict(self.ascii_shadow)
-            shadow.update(dict.fromkeys(code_points(YOUNG_LETTERS), "a"))
+            shadow.update(dict.fromkeys(code_points(NEW_LETTERS), "a"))
             shadow.update(dict.fromkeys(code_points(ODD_NUMBERS), "0"))
-            self.full_shadow = shadow  # at once: another thread may be reading
+            self.full_shadow = shadow  # in one assignment: another thread may be reading
         return self.full_shadow
 
 
@@ -629,7 +839,7 @@ MAX_CACHE, MAX_CACHED_WORD = 1 << 16, 32  # entries; characters
 
 
 def remember(cache: dict[Any, Any], key: object, value: object) -> None:
-    """Keep what was worked out, within bounds: text repeats its words and pairs."""
+    """Cache a result, within bounds: text repeats its words and pairs."""
     if len(cache) >= MAX_CACHE:
         cache.clear()
     cache[key] = value
@@ -648,7 +858,6 @@ class Tokenizer:
 
     def __init__(self, file: TensorFile, config: Config) -> None:
         self.n_tokens = config.vocab_size
-        self.special = config.special_tokens
         self.add_prefix_space = config.add_prefix_space
         self.bytes = file.view("vocab.bytes", "B")
         self.offsets = file.view("vocab.offsets", "I")
@@ -658,34 +867,34 @@ class Tokenizer:
         self.results = file.view("merges.results", "I")
         self.n_merges = config.n_merges or 0
         self.check(file.path, config.n_token_bytes)
-        self.cut: Callable[[str], Iterable[str]] | None = None  # made by the first text
+        self.special = SpecialTokens(config.special_tokens)
+        self.cut: Optional[Callable[[str], Iterable[str]]] = None  # made by the first text
         self.cache: dict[str, list[int]] = {}  # the tokens of short words
         self.found: dict[int, int] = {}  # the merges of pairs
 
     def check(self, path: str, n_token_bytes: int) -> None:
-        """Everything that encoding and decoding rely on. Whole lists at a time: it must be fast."""
-        offsets = self.offsets[: self.n_tokens + 1].tolist()
-        if offsets[0] != 0 or offsets[-1] != n_token_bytes or offsets != sorted(offsets):
+        """Check everything that encoding and decoding rely on."""
+        offsets = self.offsets[: self.n_tokens + 1]
+        rises = offsets[0] == 0 and offsets[-1] == n_token_bytes and is_rising(offsets, True)
+        if not rises:
             expected = f"offsets rising from 0 to {n_token_bytes}"
             raise FormatError(path, "tensor vocab.offsets", expected, "others")
         for byte, token in enumerate(self.byte_ids):
-            if token != NO_TOKEN and (
-                token >= self.n_tokens or self.token_bytes(token) != bytes([byte])
-            ):
-                raise FormatError(
-                    path, "tensor vocab.byte_ids", f"the token of byte {byte}", str(token)
-                )
-        count = self.n_merges
-        pairs = self.pairs[:count].tolist()
-        if pairs != sorted(set(pairs)):
+            in_range = token == NO_TOKEN or token < self.n_tokens
+            if not in_range or (token != NO_TOKEN and self.token_bytes(token) != bytes([byte])):
+                expected = f"the token of byte {byte}"
+                raise FormatError(path, "tensor vocab.byte_ids", expected, str(token))
+        if not is_rising(self.pairs[: self.n_merges], False):
             raise FormatError(path, "tensor merges.pairs", "rising pairs", "others")
-        lefts = self.pairs[:count].cast("B").cast("I")[1::2].tolist()
-        rights = self.pairs[:count].cast("B").cast("I")[0::2].tolist()
-        results = self.results[:count].tolist()
-        for name, ids in (("pairs", lefts), ("pairs", rights), ("results", results)):
-            if ids and max(ids) >= self.n_tokens:
-                expected = f"tokens below {self.n_tokens}"
-                raise FormatError(path, f"tensor merges.{name}", expected, str(max(ids)))
+        halves = self.pairs[: self.n_merges].cast("B").cast("I")  # right, left, right, left, ...
+        self.check_ids(path, "pairs", halves)
+        self.check_ids(path, "results", self.results[: self.n_merges])
+
+    def check_ids(self, path: str, name: str, ids: memoryview) -> None:
+        largest = max((max(part) for part in slices(ids)), default=-1)
+        if largest >= self.n_tokens:
+            expected = f"tokens below {self.n_tokens}"
+            raise FormatError(path, f"tensor merges.{name}", expected, str(largest))
 
     def verify(self, path: str) -> None:
         """The slow check, for `info --verify`: each merge joins its two tokens' bytes."""
@@ -693,26 +902,26 @@ class Tokenizer:
             left, right = self.token_bytes(pair >> 32), self.token_bytes(pair & 0xFFFFFFFF)
             result = self.token_bytes(self.results[merge])
             if result != left + right:
-                expected = f"merge {merge} to make {brief(left + right)}"
-                raise FormatError(path, "tensor merges.results", expected, brief(result))
+                expected = f"merge {merge} to make {quote(left + right)}"
+                raise FormatError(path, "tensor merges.results", expected, quote(result))
 
     def token_bytes(self, token: int) -> bytes:
         return bytes(self.bytes[self.offsets[token] : self.offsets[token + 1]])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of tokens; what is not UTF-8 becomes U+FFFD."""
+        """The text of tokens; what is not UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Tokens of text; special tokens are recognised in it only if `special` is set."""
+        """The tokens of a text; special tokens are recognised in it only if `special` is set."""
         text = mend_surrogates(text)
-        if not special or not self.special:
+        if not special:
             return self.encode_ordinary(text)
-        names = sorted(self.special, key=len, reverse=True)
         tokens: list[int] = []
-        for part in re.split("(" + "|".join(map(re.escape, names)) + ")", text):
-            token = self.special.get(part)
-            tokens += self.encode_ordinary(part) if token is None else [token]
+        for ordinary, token in self.special.split(text):
+            tokens += self.encode_ordinary(ordinary)
+            if token is not None:
+                tokens.append(token)
         return tokens
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -747,7 +956,7 @@ class Tokenizer:
             rank, i = divmod(heapq.heappop(heap), size)
             m = merges[i]
             if m < 0 or self.ranks[m] != rank:
-                continue  # one of the two has been merged otherwise since
+                continue  # another merge has taken one of the two since
             gone = after[i]
             tokens[i], tokens[gone], merges[gone] = self.results[m], -1, -1
             after[i] = after[gone]
@@ -780,29 +989,247 @@ class Tokenizer:
         return merge
 
 
+def slices(numbers: memoryview, size: int = 1 << 14) -> Iterator[list[int]]:
+    """The numbers as lists, some at a time: a file can claim more of them than memory holds."""
+    for start in range(0, len(numbers), size):
+        yield numbers[start : start + size].tolist()
+
+
+def is_rising(numbers: memoryview, repeats: bool) -> bool:
+    """Whether the numbers rise; if `repeats`, they may also stay the same."""
+    last = -1
+    for part in slices(numbers):
+        ordered = sorted(part) if repeats else sorted(set(part))
+        if part != ordered or part[0] < last or (part[0] == last and not repeats):
+            return False
+        last = part[-1]
+    return True
+
+
+class SpecialTokens:
+    """Finds the texts of special tokens in a text: the leftmost first, the longest among those."""
+
+    def __init__(self, tokens: dict[str, int]) -> None:
+        self.tokens = tokens
+        self.lengths: dict[str, list[int]] = {}  # by first character, the longest first
+        for text in sorted(tokens, key=len, reverse=True):
+            lengths = self.lengths.setdefault(text[0], [])
+            if len(text) not in lengths[-1:]:
+                lengths.append(len(text))
+        self.first = re.compile("[" + re.escape("".join(self.lengths)) + "]") if tokens else None
+
+    def split(self, text: str) -> Iterator[tuple[str, Optional[int]]]:
+        """Pairs of ordinary text and the special token behind it; None behind the last."""
+        start = place = 0
+        while self.first:
+            candidate = self.first.search(text, place)
+            if candidate is None:
+                break
+            place = candidate.start()
+            length = self.match(text, place)
+            if length:
+                yield text[start:place], self.tokens[text[place : place + length]]
+                start = place + length
+            place += length or 1
+        yield text[start:], None
+
+    def match(self, text: str, place: int) -> int:
+        """The length of the special token that stands at `place`, or 0."""
+        for length in self.lengths[text[place]]:
+            if text[place : place + length] in self.tokens:
+                return length
+        return 0
+
+
+class TextOutput:
+    """Turns the bytes of new tokens into text that can be shown.
+
+    A character that is not complete yet is held back, and so is text that may still turn out to
+    be part of a stop text. `before` is the end of what the answer follows: if it ends inside a
+    character, the first bytes of the answer complete that character.
+    """
+
+    def __init__(self, stops: Sequence[str] = (), before: bytes = b"") -> None:
+        self.stops = stops
+        self.held = ""  # text that may be the beginning of a stop text
+        self.stopped = False  # whether a stop text was found
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder.decode(before)
+        self.is_empty = True  # whether the decoder holds no byte of the answer itself
+
+    def push(self, data: bytes) -> str:
+        """Add the bytes of a token; return the text that can now be shown."""
+        self.is_empty = self.is_empty and not data
+        return self.release(self.decoder.decode(data))
+
+    def finish(self) -> str:
+        """Return the rest at the end of the answer; an incomplete character becomes U+FFFD."""
+        last = "" if self.is_empty else self.decoder.decode(b"", final=True)
+        return self.release(last) + self.held
+
+    def release(self, piece: str) -> str:
+        """Add text; return what can no longer be part of a stop text."""
+        text = self.held + piece
+        # The stop text that is complete first counts, and the longest of several that end
+        # together, so that the answer does not depend on how it was cut into pieces.
+        found = [
+            (text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text
+        ]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)[1]]
+        keep = max((overlap(text, stop) for stop in self.stops), default=0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------
 # 5. Forward
 # ------------------------------------------------------------------------------------------------
 
+# What happens to a prompt of three tokens, in a model of width n_embd with n_head heads:
+#
+#   1. Each token becomes a row of n_embd numbers: what the token is (wte) plus where it stands
+#      (wpe). The three rows, [3, n_embd], are the residual stream: every layer reads them and adds
+#      to them.
+#   2. Attention. Each row makes three vectors: a query (what it looks for), a key (by which it is
+#      found) and a value (what it passes on). A row's query is compared with the keys of all rows
+#      up to its own. Softmax turns these scores into weights that add up to 1, and the weighted
+#      sum of the values is added to the row. Several heads do this side by side, each on its own
+#      part of the vectors, so that a row can look for several things at once.
+#   3. An MLP (two linear layers with an activation between them) adds to each row by itself.
+#   4. Steps 2 and 3 are repeated n_layer times. Then each row is compared with every token's
+#      embedding. These scores, the logits, say which token may follow: [3, vocab_size].
+#
+# A row never looks at later rows. So the keys and values of earlier tokens never change, and a
+# cache keeps them: to go on, only the row of the new token has to be computed.
+#
+# Two backends do this: NumpyBackend, which follows and is meant to be read, and CBackend in section
+# 8. Only C promises the same bits everywhere. The next four classes say what both must offer.
+
+
+class Cache(Protocol):
+    """The keys and values of one text."""
+
+    length: int  # how many of the text's tokens they are computed for
+
+    def fork(self) -> Cache:
+        """A copy that goes its own way."""
+
+    def truncate(self, length: int) -> None:
+        """Forget what is behind the first `length` tokens."""
+
+    def dump(self) -> bytes:
+        """Keys and values as float32 [n_layer, 2, n_head, length, head_size]."""
+
+    def restore(self, data: bytes, length: int) -> None:
+        """Take over what `dump` returned for `length` tokens."""
+
+
+class Span(NamedTuple):
+    """The part of one text that a pass computes: `tokens`, which stand at positions from `start`.
+
+    The cache must hold the positions before `start`. The pass adds those of `tokens`; whoever
+    asked for the pass sets the cache's length, once the pass has succeeded.
+    """
+
+    cache: Any
+    tokens: Sequence[int]
+    start: int
+    wanted: int  # the logits after the last `wanted` tokens are computed
+
+
+class Logits(Protocol):
+    """Rows of scores for the next token: the wanted rows of all spans of a pass, in order.
+
+    They lie in the workspace of the pass. After the next pass in it every method raises
+    `StateError`, so that old numbers are never read as new ones; `keep` copies a row out. Every
+    method raises `NumericError` for a row that is not finite.
+    """
+
+    def choose(self, row: int, sampler: Sampler, position: int) -> int:
+        """The next token of a text that has `position` tokens so far."""
+
+    def logprob(self, row: int, token: int) -> float:
+        """The natural logarithm of a token's probability."""
+
+    def top(self, row: int, n: int) -> list[tuple[int, float]]:
+        """The n most probable tokens with their log-probabilities, the best first."""
+
+    def array(self) -> FloatArray:
+        """All rows as a new array, float32 [rows, vocab_size]."""
+
+    def keep(self, row: int) -> Any:
+        """A copy of one row; the backend's `kept` makes it `Logits` again."""
+
+
+class Backend(Protocol):
+    """What computes a model. It never changes, so any number of threads can share it."""
+
+    name: str
+    chunk: int  # the most tokens in one pass, of all texts together
+
+    def new_cache(self) -> Cache:
+        """An empty cache."""
+
+    def new_workspace(self) -> Any:
+        """The scratch memory of a pass, for one thread at a time."""
+
+    def forward(self, workspace: Any, spans: Sequence[Span]) -> Logits:
+        """One pass over the spans of one or more texts, which share each reading of the weights."""
+
+    def kept(self, workspace: Any, row: Any) -> Logits:
+        """The single row that `Logits.keep` returned, as logits."""
+
+    def describe(self) -> str:
+        """The backend in a few words."""
+
 
 NOT_FINITE = "NaN or infinite logits"
-MAX_THREADS = 256
+STALE = "logits: a later pass has replaced them; use them before it, or copy them"
+
+
+class LazyNumPy:
+    """Stands for NumPy until it is first used: importing this module must cost nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        import_numpy()
+        return getattr(np, name)
+
+
+np: Any = LazyNumPy()
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
-def import_numpy(threads: int | None = None) -> None:
-    """Import NumPy on first use, so that importing this module costs nothing.
+def import_numpy(threads: Optional[int] = None) -> None:
+    """Import NumPy.
 
-    NumPy's matrix library reads the number of threads once, from the environment, when it loads.
+    Its matrix library reads the number of threads once, from the environment, when it is loaded.
+    So `threads` counts only if NumPy is not imported yet. The environment is restored afterwards.
     """
     global np
+    before = {name: os.environ.get(name) for name in BLAS_THREADS}
     if threads is not None and "numpy" not in sys.modules:
         os.environ.update(dict.fromkeys(BLAS_THREADS, str(threads)))
     try:
-        import numpy as np
+        np = importlib.import_module("numpy")
     except ImportError as error:
         advice = "`pip install numpy` installs it"
-        raise TinyGPT2Error(f"NumPy is needed to compute: {error} ({advice})") from None
+        raise TinyGPT2Error(f"NumPy is needed for this: {error} ({advice})") from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 MANY_ROWS = 48  # measured: from here on copying panels together is faster
@@ -817,8 +1244,8 @@ def project(x: Array, panels: Array, n: int) -> Array:
     """x @ W for a W in panels. [T, k], [n/16, k, 16] -> [T, n]"""
     if len(x) < MANY_ROWS:
         y = np.matmul(x, panels)  # one product for each panel: [n/16, T, 16]
-        return y.transpose(1, 0, 2).reshape(len(x), -1)[:, :n]
-    # Products this narrow waste a processor's caches when there is much to do. A few panels laid
+        return y.transpose(1, 0, 2).reshape(len(x), PANEL * len(panels))[:, :n]
+    # Products this narrow use a processor's caches badly when there are many rows. A few panels
     # side by side, [k, 128], are cheap to copy and make one good product.
     out = np.empty((len(x), PANEL * len(panels)), np.float32)
     for first in range(0, len(panels), 8):
@@ -835,7 +1262,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
 
 
 def softmax(x: Array) -> Array:
-    """Rows of scores to rows of probabilities. Less the maximum, exp cannot overflow."""
+    """Rows of scores to rows of probabilities. Without the maximum, exp could overflow."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
 
@@ -872,7 +1299,7 @@ def merge_heads(x: Array) -> Array:
 
 
 def attention_scores(q: Array, k: Array, scale: float) -> Array:
-    """How much each token looks at each one up to itself; the future is masked by -inf.
+    """How much each token looks at each one up to itself; later ones are masked by -inf.
 
     q [n_head, T, head_size] are the queries of the last T of the S tokens whose keys are in
     k [n_head, S, head_size] -> [n_head, T, S]
@@ -885,22 +1312,93 @@ def attention_scores(q: Array, k: Array, scale: float) -> Array:
     return scores
 
 
-class NumpyBackend:
-    """The forward pass in NumPy. What is public here is all that a backend has to have.
+class NumpyCache:
+    """Keys and values in one array, kv [n_layer, 2, n_head, n_positions, head_size]."""
 
-    It holds the weights, which never change; all that changes is in the cache, which belongs to
-    one session. So one backend serves any number of sessions in any number of threads.
-    """
+    def __init__(self, kv: Array, length: int = 0) -> None:
+        self.kv = kv
+        self.length = length
+
+    def fork(self) -> NumpyCache:
+        try:
+            kv = np.empty_like(self.kv)
+        except MemoryError:
+            raise TinyGPT2Error("no memory for the copy of a cache: close other sessions") from None
+        kv[:, :, :, : self.length] = self.kv[:, :, :, : self.length]
+        return NumpyCache(kv, self.length)
+
+    def truncate(self, length: int) -> None:
+        self.length = min(self.length, length)
+
+    def dump(self) -> bytes:
+        data: bytes = self.kv[:, :, :, : self.length].tobytes()
+        return data
+
+    def restore(self, data: bytes, length: int) -> None:
+        n_layer, _, n_head, _, head_size = self.kv.shape
+        kv = np.frombuffer(data, np.float32).reshape(n_layer, 2, n_head, length, head_size)
+        self.kv[:, :, :, :length] = kv
+        self.length = length
+
+
+class NumpyWorkspace:
+    """NumPy allocates its scratch memory itself; this only counts the passes."""
+
+    def __init__(self) -> None:
+        self.n_passes = 0
+
+
+class NumpyLogits:
+    """`Logits` in an array, float32 [rows, vocab_size]."""
+
+    def __init__(self, workspace: NumpyWorkspace, rows: Array) -> None:
+        self.workspace = workspace
+        self.number = workspace.n_passes
+        self.rows = rows
+
+    def checked(self, row: Union[int, slice]) -> Array:
+        if self.number != self.workspace.n_passes:
+            raise StateError(STALE)
+        if not np.isfinite(self.rows[row]).all():
+            raise NumericError(NOT_FINITE)
+        return self.rows[row]
+
+    def choose(self, row: int, sampler: Sampler, position: int) -> int:
+        return choose_token(self.checked(row), sampler, position)
+
+    def logprobs(self, row: int) -> Array:
+        """float64 [vocab_size]"""
+        logits = self.checked(row).astype(np.float64)
+        logits -= logits.max()
+        return logits - np.log(np.exp(logits).sum())
+
+    def logprob(self, row: int, token: int) -> float:
+        return float(self.logprobs(row)[token])
+
+    def top(self, row: int, n: int) -> list[tuple[int, float]]:
+        logprobs = self.logprobs(row)
+        best = np.argsort(-self.rows[row], kind="stable")[:n]
+        return [(int(token), float(logprobs[token])) for token in best]
+
+    def array(self) -> FloatArray:
+        rows: FloatArray = np.array(self.checked(slice(None)))
+        return rows
+
+    def keep(self, row: int) -> Array:
+        return np.array(self.checked(row))
+
+
+class NumpyBackend:
+    """The forward pass in NumPy."""
 
     name = "numpy"
-    chunk = 256  # tokens in one pass at most, which bounds the scratch memory
+    chunk = 256  # bounds the scratch memory
 
-    def __init__(self, file: TensorFile, config: Config, threads: int | None) -> None:
+    def __init__(self, file: TensorFile, config: Config, threads: Optional[int]) -> None:
         import_numpy(threads)
         self.config = config
-        self.activation = {"gelu_new": gelu_new, "gelu": gelu, "relu": relu}[
-            config.activation_function
-        ]
+        activations = {"gelu_new": gelu_new, "gelu": gelu, "relu": relu}
+        self.activation = activations[config.activation_function]
         n_embd = config.n_embd
         self.wte = file.array("wte.weight")  # [vocab_size/16, n_embd, 16]
         self.wpe = file.array("wpe.weight")[:, :n_embd]  # [n_positions, n_embd]
@@ -913,60 +1411,73 @@ class NumpyBackend:
             if name.startswith("h."):
                 _, layer, part = name.split(".", 2)
                 array = file.array(name)  # in panels, or a vector
-                whole = array.ndim == 3
+                is_matrix = array.ndim == 3
                 block = self.blocks[int(layer)]
-                block[part] = array if whole else array[: vector_length(config, name)]
+                block[part] = array if is_matrix else array[: vector_length(config, name)]
 
-    def new_cache(self) -> Array:
-        """Room for the keys and values of every position; the system lends memory as it fills."""
+    def describe(self) -> str:
+        return "numpy"
+
+    def new_cache(self) -> NumpyCache:
+        """Room for every position; the system provides the memory as it fills."""
         c = self.config
         shape = (c.n_layer, 2, c.n_head, c.n_positions, c.n_embd // c.n_head)
         try:
-            return np.empty(shape, np.float32)
+            return NumpyCache(np.empty(shape, np.float32))
         except (MemoryError, ValueError):
-            size = 4 * math.prod(shape) / 1e6
-            raise TinyGPT2Error(
-                f"no memory for a cache of {size:.0f} MB: use a smaller model"
-            ) from None
+            size = f"{4 * math.prod(shape) / 1e6:.0f} MB"
+            raise TinyGPT2Error(f"no memory for a cache of {size}: use a smaller model") from None
 
-    def forward(self, cache: Array, tokens: Sequence[int], start: int, n_logits: int) -> Array:
-        """The logits after the last `n_logits` of `tokens`, float32 [n_logits, vocab_size].
+    def new_workspace(self) -> NumpyWorkspace:
+        return NumpyWorkspace()
 
-        `tokens` stand at the positions from `start`; `cache` holds the keys and values of those
-        before, and takes up theirs. Raises `NumericError` if the logits are not all finite.
-        """
-        with np.errstate(all="ignore"):  # damaged weights are an error below, not a warning
-            x = self.embed(np.asarray(tokens, np.int64), start)  # [T, n_embd]
+    def kept(self, workspace: NumpyWorkspace, row: Array) -> NumpyLogits:
+        return NumpyLogits(workspace, row[None])
+
+    def forward(self, workspace: NumpyWorkspace, spans: Sequence[Span]) -> NumpyLogits:
+        """GPT-2. The rows of all spans, R in all, go through the linear layers together."""
+        workspace.n_passes += 1
+        with np.errstate(all="ignore"):  # damaged weights are an error later, not a warning
+            x = np.concatenate([self.embed(span) for span in spans])  # [R, n_embd]
             for i, block in enumerate(self.blocks):
-                x = x + self.attention(i, block, self.norm(x, block, "ln_1"), cache[i], start)
+                x = x + self.attention(i, block, self.norm(x, block, "ln_1"), spans)
                 x = x + self.mlp(block, self.norm(x, block, "ln_2"))
-            x = self.norm(x[len(x) - n_logits :], self.ln_f, "ln_f")  # [n_logits, n_embd]
-            logits = project(x, self.head, self.config.vocab_size)
-        if not np.isfinite(logits).all():
-            raise NumericError(NOT_FINITE)
-        return logits
+            x = self.norm(wanted_rows(x, spans), self.ln_f, "ln_f")  # [wanted, n_embd]
+            logits = project(x, self.head, self.config.vocab_size)  # [wanted, vocab_size]
+        return NumpyLogits(workspace, logits)
 
-    def embed(self, tokens: Array, start: int) -> Array:
+    def embed(self, span: Span) -> Array:
         """What each token is, plus where it stands. A token is one column of one panel."""
+        tokens = np.asarray(span.tokens, np.int64)  # [T]
         wte = self.wte[tokens // PANEL, :, tokens % PANEL]  # [T, n_embd]
-        return wte + self.wpe[start : start + len(tokens)]
+        return wte + self.wpe[span.start : span.start + len(tokens)]
 
     def norm(self, x: Array, block: dict[str, Array], name: str) -> Array:
         epsilon = self.config.layer_norm_epsilon
         return layer_norm(x, block[f"{name}.weight"], block[f"{name}.bias"], epsilon)
 
     def attention(
-        self, layer: int, block: dict[str, Array], x: Array, kv: Array, start: int
+        self, layer: int, block: dict[str, Array], x: Array, spans: Sequence[Span]
     ) -> Array:
-        """Each token gathers from the tokens before it. kv [2, n_head, n_positions, head_size]"""
-        stop = start + len(x)
-        qkv = linear(x, block["attn.c_attn.weight"], block["attn.c_attn.bias"])  # [T, 3 * n_embd]
-        q, k, v = (split_heads(part, self.config.n_head) for part in np.split(qkv, 3, axis=1))
-        kv[0, :, start:stop] = k
-        kv[1, :, start:stop] = v
-        scores = attention_scores(q, kv[0, :, :stop], self.attention_scale(layer))
-        y = merge_heads(softmax(scores) @ kv[1, :, :stop])  # [T, n_embd]
+        """Each token gathers from the tokens before it in its own text."""
+        qkv = linear(x, block["attn.c_attn.weight"], block["attn.c_attn.bias"])  # [R, 3 * n_embd]
+        y = np.empty_like(x)  # [R, n_embd]
+        first = 0
+        for span in spans:
+            rows = slice(first, first + len(span.tokens))
+            y[rows] = self.attend(layer, qkv[rows], span)
+            first = rows.stop
         return linear(y, block["attn.c_proj.weight"], block["attn.c_proj.bias"])
+
+    def attend(self, layer: int, qkv: Array, span: Span) -> Array:
+        """The attention of one text. qkv [T, 3 * n_embd] -> [T, n_embd]"""
+        q, k, v = (split_heads(part, self.config.n_head) for part in np.split(qkv, 3, axis=1))
+        kv = span.cache.kv[layer]  # [2, n_head, n_positions, head_size]
+        stop = span.start + len(span.tokens)
+        kv[0, :, span.start : stop] = k
+        kv[1, :, span.start : stop] = v
+        scores = attention_scores(q, kv[0, :, :stop], self.attention_scale(layer))
+        return merge_heads(softmax(scores) @ kv[1, :, :stop])
 
     def attention_scale(self, layer: int) -> float:
         scale = 1.0
@@ -977,75 +1488,1095 @@ class NumpyBackend:
         return scale
 
     def mlp(self, block: dict[str, Array], x: Array) -> Array:
-        """Each token by itself: to n_inner, a bend, and back. [T, n_embd] -> [T, n_embd]"""
+        """Each token by itself: to n_inner, the activation, and back. [T, n_embd] both ways"""
         hidden = linear(x, block["mlp.c_fc.weight"], block["mlp.c_fc.bias"])  # [T, n_inner]
         return linear(self.activation(hidden), block["mlp.c_proj.weight"], block["mlp.c_proj.bias"])
 
-    def logprobs(
-        self, cache: Array, tokens: Sequence[int], start: int, targets: Sequence[int]
-    ) -> list[float]:
-        """The log-probability of each target after the token in its place."""
-        logits = self.forward(cache, tokens, start, len(tokens))
-        top = logits.max(axis=-1, keepdims=True)
-        log_sum = np.log(np.exp(logits - top).sum(axis=-1, dtype=np.float64))
-        chosen = logits[np.arange(len(targets)), np.asarray(targets)] - top[:, 0]
-        result: list[float] = (chosen - log_sum).tolist()
-        return result
 
-    def choose(
-        self, cache: Array, logits: Array, seen: set[int], options: Options, uniform: float
-    ) -> int:
-        """The token after these logits, which are those that the cache ends with."""
-        return choose(adjust(logits, seen, options), options, uniform)
+def wanted_rows(x: Array, spans: Sequence[Span]) -> Array:
+    """The last `wanted` rows of each span. [R, n_embd] -> [wanted, n_embd]"""
+    wanted: list[int] = []
+    stop = 0
+    for span in spans:
+        stop += len(span.tokens)
+        wanted += range(stop - span.wanted, stop)
+    return x[wanted]
 
+
+# ------------------------------------------------------------------------------------------------
+# 6. Choice
+# ------------------------------------------------------------------------------------------------
+
+
+class Options(NamedTuple):
+    """How to choose tokens and when to stop, with the defaults.
+
+    The filters act in the order of the transformers library: logit_bias, repetition_penalty,
+    temperature, top_k, top_p, min_p; one token always remains.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0 is greedy: always the most probable token
+    top_k: int = 40  # keep the k most probable tokens (Fan et al. 2018); 0 keeps all
+    top_p: float = 1.0  # keep the fewest that hold this much probability (Holtzman et al. 2019)
+    min_p: float = 0.0  # keep those with this fraction of the best one's probability
+    repetition_penalty: float = 1.0  # divides the logits of tokens seen (Keskar et al. 2019)
+    seed: Optional[int] = None  # the same seed, the same text; None takes a new one
+    stop: Sequence[str] = ()  # texts that end the answer and are not part of it
+    logit_bias: Optional[dict[int, float]] = None  # added to the logits of these tokens
+
+
+def check_options(values: dict[str, Any], vocab_size: int) -> Options:
+    """Check options by name; None stands for the default. NumPy's numbers become Python's."""
+    for name in values:
+        if name not in Options._fields:
+            raise InputError(f"option {name}: there is no such option{near_name(name)}")
+    given = {name: value for name, value in values.items() if value is not None}
+    return Options(**{name: check_option(name, given[name], vocab_size) for name in given})
+
+
+def check_option(name: str, value: Any, vocab_size: int) -> Any:
+    """The value of one option, checked."""
+    checks: dict[str, tuple[Callable[[Any], Any], str]] = {
+        "max_new_tokens": (as_count, "a whole number from 0"),
+        "temperature": (lambda v: as_number(v, 0, 1e6), "a number from 0 to 1e6"),
+        "top_k": (as_count, "a whole number from 0 (0: all tokens)"),
+        "top_p": (lambda v: as_number(v, 0, 1) or None, "above 0, at most 1"),
+        "min_p": (lambda v: as_number(v, 0, 1), "a number from 0 to 1"),
+        "repetition_penalty": (lambda v: as_number(v, 1e-6, 1e6), "a number from 1e-6 to 1e6"),
+        "seed": (as_index, "a whole number or None"),
+        "stop": (as_texts, "a text or a list of texts, none empty"),
+        "logit_bias": (
+            lambda v: as_biases(v, vocab_size),
+            "a dict: token to a number up to 1e30, or -inf",
+        ),
+    }
+    convert_value, expected = checks[name]
+    checked = convert_value(value)
+    if checked is None:
+        raise InputError(f"option {name}: expected {expected}, found {quote(value)}")
+    return checked
+
+
+SAME_OPTION = {"max_tokens": "max_new_tokens", "max_length": "max_new_tokens"}
+
+
+def near_name(name: str) -> str:
+    """A hint at the option that an unknown name may mean, or the list of all."""
+    import difflib
+
+    near = difflib.get_close_matches(name, Options._fields, 1)
+    guess = SAME_OPTION.get(name) or (near[0] if near else None)
+    return f"; did you mean {guess}?" if guess else "; known are " + ", ".join(Options._fields)
+
+
+def as_count(value: Any) -> Optional[int]:
+    number = as_index(value)
+    return number if number is not None and number >= 0 else None
+
+
+def as_number(value: Any, low: float, high: float) -> Optional[float]:
+    """A real number in a range, NumPy's included, as a float; None for everything else."""
+    import numbers
+
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if low <= number <= high else None
+
+
+def as_texts(value: Any) -> Optional[tuple[str, ...]]:
+    texts = (value,) if isinstance(value, str) else value
+    is_list = isinstance(texts, (list, tuple))
+    return tuple(texts) if is_list and all(isinstance(t, str) and t for t in texts) else None
+
+
+def as_biases(value: Any, vocab_size: int) -> Optional[dict[int, float]]:
+    if not isinstance(value, dict):
+        return None
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        token, number = as_index(key), as_number(bias, -math.inf, 1e30)
+        if token is None or not is_token(token, vocab_size) or number is None:
+            return None
+        biases[token] = number
+    return biases
+
+
+class Sampler:
+    """How one answer chooses its tokens: the options, the seed, and the tokens seen so far.
+
+    It has no random state: what is drawn depends on the seed, the position and the token alone.
+    """
+
+    def __init__(self, options: Options, seen: Iterable[int]) -> None:
+        self.options = options
+        fresh = int.from_bytes(os.urandom(4), "little")
+        self.seed = fresh if options.seed is None else options.seed
+        self.seen = set(seen)
+        self.prepared: Any = None  # what a backend has made of the options
+
+    def copy(self) -> Sampler:
+        return Sampler(self.options._replace(seed=self.seed), self.seen)
+
+
+# Chance. The noise belongs to the place and not to a stream of random numbers: u(seed, position,
+# token) is a hash of the three. So generating 5 and then 5 more tokens is generating 10, a text
+# in a batch is the text alone, and logits that differ a little choose the same token nearly always.
+#
+# The hash is made of the mixing steps of SplitMix64 (Steele, Lea & Flood, "Fast Splittable
+# Pseudorandom Number Generators", 2014): seed and position make a key, key and token a number.
+
+MASK = 0xFFFFFFFFFFFFFFFF
+GAMMA = 0x9E3779B97F4A7C15
+
+
+def mix(z: Any) -> Any:
+    """64 bits to 64 bits, each of which depends on all. An int, or an array of uint64."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def noise_key(seed: int, position: int) -> int:
+    key: int = mix((mix((seed + GAMMA) & MASK) + (position + 1) * GAMMA) & MASK)
+    return key
+
+
+def gumbel_noise(seed: int, position: int, tokens: Array) -> Array:
+    """-log(-log(u)) for a u in (0, 1) of each token. int64 [n] -> float64 [n]"""
+    steps = (tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(GAMMA)
+    hashes = mix(steps + np.uint64(noise_key(seed, position)))
+    u = ((hashes >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return -np.log(-np.log(u))
+
+
+EVERY_TOKEN_FORBIDDEN = "option logit_bias: it rules out every token"
+
+
+def choose_token(logits: Array, sampler: Sampler, position: int) -> int:
+    """The best token at temperature 0, else one drawn from those that the filters keep.
+
+    The draw is the Gumbel-max trick: the largest of score / temperature + Gumbel noise is a draw
+    in proportion to exp(score / temperature). The lower token wins a tie. float32 [vocab_size]
+    """
+    options = sampler.options
+    scores = adjust(logits, sampler)
+    if options.temperature == 0:
+        return int(scores.argmax())
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves the best token alone
+        scores = (scores - scores.max()) / options.temperature
+    tokens = filter_tokens(scores, options)
+    keys = scores[tokens] + gumbel_noise(sampler.seed, position, tokens)
+    return int(tokens[keys.argmax()])
+
+
+def adjust(logits: Array, sampler: Sampler) -> Array:
+    """The logits with the bias and the repetition penalty. float32 -> float64 [vocab_size]"""
+    options = sampler.options
+    scores = logits.astype(np.float64)
+    for token, bias in (options.logit_bias or {}).items():
+        scores[token] += bias
+    if options.repetition_penalty != 1 and sampler.seen:
+        tokens = np.fromiter(sampler.seen, np.int64)
+        s, penalty = scores[tokens], options.repetition_penalty
+        scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
+    if scores.max() == -np.inf:
+        raise InputError(EVERY_TOKEN_FORBIDDEN)
+    return scores
+
+
+def filter_tokens(scores: Array, options: Options) -> Array:
+    """The tokens that top_k, top_p and min_p keep, in rising order. float64 -> int64"""
+    tokens = np.flatnonzero(scores > -np.inf)
+    if 0 < options.top_k < len(tokens):
+        least = np.partition(scores[tokens], -options.top_k)[-options.top_k]
+        tokens = tokens[scores[tokens] >= least]
+    if options.top_p == 1 and options.min_p == 0:
+        return tokens
+    tokens = tokens[np.argsort(-scores[tokens], kind="stable")]  # the most probable first
+    p = softmax(scores[tokens])
+    if options.top_p < 1:
+        # Keep a token if it and all less probable tokens together have more than 1 - top_p.
+        kept = max(1, int((np.cumsum(p[::-1])[::-1] > 1 - options.top_p).sum()))
+        tokens, p = tokens[:kept], p[:kept]
+    return np.sort(tokens[p >= options.min_p * p[0]])
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Text
+# ------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """A finished answer."""
+
+    text: Optional[str]  # None for a model without a tokenizer
+    ids: list[int]  # its tokens, those of a stop text included
+    finish_reason: str  # "length", "end", "stop" or "context"; see `Session`
+    seed: int  # with which it can be repeated
+    logprobs: list[float]  # the log-probability of each token, before temperature and filters
+
+
+class Score(NamedTuple):
+    """How well a model predicts a text. Natural logarithms."""
+
+    ids: list[int]
+    logprobs: list[Optional[float]]  # one for each token; None for one that nothing precedes
+    n_bytes: Optional[int]  # of the text in UTF-8; None for a model without a tokenizer
+
+    @property
+    def total(self) -> float:
+        return math.fsum(value for value in self.logprobs if value is not None)
+
+    @property
+    def perplexity(self) -> float:
+        scored = sum(value is not None for value in self.logprobs)
+        try:
+            return math.exp(-self.total / scored) if scored else math.nan
+        except OverflowError:
+            return math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        return -self.total / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+
+SESSION_CLOSED = "session: it or its model is closed; open a new one"
+MODEL_CLOSED = "model: it is closed; load it again"
+CHANGED = "session: it was changed while a stream was open"
+
+
+class GenerateMethods:
+    """The methods that `Model` and `Session` share: every way to get an answer.
+
+    A model answers each prompt in a session of its own. A session appends the prompt to its text,
+    and then the answer. `Options` explains the options; None stands for an option's default. Wrong
+    arguments are an `InputError` when the method is called, also where an iterator is returned. (A
+    logit_bias that forbids every token is only noticed when a token is chosen.)
+    """
+
+    def start(
+        self,
+        prompt: Prompt,
+        options: Sequence[Any],
+        unknown: dict[str, NoReturn],
+        as_text: bool = False,
+        logprobs: bool = False,
+    ) -> Answer:
+        """Check the arguments and begin an answer. `options` are in the order of `Options`."""
+        values = {**dict(zip(Options._fields, options)), **unknown}
+        return self.begin(prompt, values, as_text, logprobs)
+
+    def begin(
+        self, prompt: Prompt, values: dict[str, Any], as_text: bool, logprobs: bool
+    ) -> Answer:
+        """An answer to `prompt`. `as_text`: its text is needed. `logprobs`: record them."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        prompt: Prompt = (),
+        *,
+        max_new_tokens: Optional[SupportsIndex] = None,
+        temperature: Optional[Number] = None,
+        top_k: Optional[SupportsIndex] = None,
+        top_p: Optional[Number] = None,
+        min_p: Optional[Number] = None,
+        repetition_penalty: Optional[Number] = None,
+        seed: Optional[SupportsIndex] = None,
+        stop: Union[str, Sequence[str], None] = None,
+        logit_bias: Optional[dict[int, float]] = None,
+        **unknown: NoReturn,
+    ) -> str:
+        """The text that follows `prompt` (text or token ids), without it."""
+        options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        return "".join(self.start(prompt, (*options, stop, logit_bias), unknown, as_text=True))
+
+    def stream(
+        self,
+        prompt: Prompt = (),
+        *,
+        max_new_tokens: Optional[SupportsIndex] = None,
+        temperature: Optional[Number] = None,
+        top_k: Optional[SupportsIndex] = None,
+        top_p: Optional[Number] = None,
+        min_p: Optional[Number] = None,
+        repetition_penalty: Optional[Number] = None,
+        seed: Optional[SupportsIndex] = None,
+        stop: Union[str, Sequence[str], None] = None,
+        logit_bias: Optional[dict[int, float]] = None,
+        **unknown: NoReturn,
+    ) -> Answer:
+        """The same piece by piece. No piece ends inside a character or inside a stop text."""
+        options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        return self.start(prompt, (*options, stop, logit_bias), unknown, as_text=True)
+
+    def complete(
+        self,
+        prompt: Prompt = (),
+        *,
+        max_new_tokens: Optional[SupportsIndex] = None,
+        temperature: Optional[Number] = None,
+        top_k: Optional[SupportsIndex] = None,
+        top_p: Optional[Number] = None,
+        min_p: Optional[Number] = None,
+        repetition_penalty: Optional[Number] = None,
+        seed: Optional[SupportsIndex] = None,
+        stop: Union[str, Sequence[str], None] = None,
+        logit_bias: Optional[dict[int, float]] = None,
+        **unknown: NoReturn,
+    ) -> Result:
+        """The answer with what is known of it. Without a tokenizer its text is None."""
+        options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        answer = self.start(prompt, (*options, stop, logit_bias), unknown, logprobs=True)
+        return answer.result()
+
+    def generate_ids(
+        self,
+        prompt: Prompt = (),
+        *,
+        max_new_tokens: Optional[SupportsIndex] = None,
+        temperature: Optional[Number] = None,
+        top_k: Optional[SupportsIndex] = None,
+        top_p: Optional[Number] = None,
+        min_p: Optional[Number] = None,
+        repetition_penalty: Optional[Number] = None,
+        seed: Optional[SupportsIndex] = None,
+        stop: Union[str, Sequence[str], None] = None,
+        logit_bias: Optional[dict[int, float]] = None,
+        **unknown: NoReturn,
+    ) -> list[int]:
+        """The token ids that follow `prompt`, those of a stop text included."""
+        options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        answer = self.start(prompt, (*options, stop, logit_bias), unknown)
+        return list(answer.each_id())
+
+    def stream_ids(
+        self,
+        prompt: Prompt = (),
+        *,
+        max_new_tokens: Optional[SupportsIndex] = None,
+        temperature: Optional[Number] = None,
+        top_k: Optional[SupportsIndex] = None,
+        top_p: Optional[Number] = None,
+        min_p: Optional[Number] = None,
+        repetition_penalty: Optional[Number] = None,
+        seed: Optional[SupportsIndex] = None,
+        stop: Union[str, Sequence[str], None] = None,
+        logit_bias: Optional[dict[int, float]] = None,
+        **unknown: NoReturn,
+    ) -> Iterator[int]:
+        """The same ids one by one."""
+        options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        answer = self.start(prompt, (*options, stop, logit_bias), unknown)
+        return answer.each_id()
+
+
+Event = tuple[Optional[int], str]  # a new token, if there is one, and the text that it releases
+
+
+class Answer:
+    """An answer while it is made: an iterator over the pieces of its text.
+
+    `ids` and `seed` can be read at any time; `finish_reason` is None until the answer has ended.
+    """
+
+    def __init__(self, session: Session, sampler: Sampler, own_session: bool, logprobs: bool):
+        self.session = session
+        self.sampler = sampler
+        self.seed = sampler.seed
+        self.ids: list[int] = []
+        self.finish_reason: Optional[str] = None
+        self._logprobs: Optional[list[float]] = [] if logprobs else None
+        self._own_session = own_session
+        self._n_before = len(session)
+        self._change = session._change
+        self._tokenizer = session.model.tokenizer
+        self._output = TextOutput(sampler.options.stop, session._last_bytes())
+        self._pieces: list[str] = []
+        self._events: list[Event] = []
+
+    def __iter__(self) -> Answer:
+        return self
+
+    def __next__(self) -> str:
+        while True:
+            event = self.step()
+            if event is None:
+                raise StopIteration
+            if event[1]:
+                return event[1]
+
+    def each_id(self) -> Iterator[int]:
+        """The token ids, each as soon as it is chosen."""
+        while True:
+            event = self.step()
+            if event is None:
+                return
+            if event[0] is not None:
+                yield event[0]
+
+    def step(self) -> Optional[Event]:
+        """Compute one more token. At the end comes the rest of the text without one, then None."""
+        if self._has_ended() and not self._events:
+            return None
+        with Turn(self.session):
+            if not self._events:
+                self._compute_event()
+            event = self._events.pop(0)
+        if self._own_session and self._has_ended():
+            self.session.close()
+        return event
+
+    def _compute_event(self) -> None:
+        """Take as many steps of the loop as it needs for one more event."""
+        if self._has_ended():
+            raise StateError("stream: another thread has taken its end")
+        self._check_unchanged()
+        while not self._events:
+            advance(self.session.model, [self])
+
+    def result(self) -> Result:
+        """Compute the answer to its end and return it whole."""
+        while self.step():
+            pass
+        text = "".join(self._pieces) if self._tokenizer else None
+        reason = self.finish_reason or ""
+        return Result(text, self.ids, reason, self.seed, self._logprobs or [])
+
+    def _has_ended(self) -> bool:
+        return self.finish_reason is not None
+
+    def _check_unchanged(self) -> None:
+        """Another call may have used the session, or an interrupt may have lost a token's event."""
+        expected = self._n_before + len(self.ids)
+        if self.session._change != self._change or len(self.session) != expected:
+            raise StateError(CHANGED)
+
+    def end_if_over(self) -> bool:
+        """End the answer if no token may follow; whether it has ended."""
+        if len(self.ids) >= self.sampler.options.max_new_tokens:
+            self._end("length")
+        elif self.session._is_full():
+            self._end("context")
+        return self._has_ended()
+
+    def take(self, logits: Logits, row: int) -> None:
+        """Choose the token after these logits; append it, or end the answer."""
+        session = self.session
+        with naming_position(session.model, len(session) - 1):
+            token = logits.choose(row, self.sampler, len(session))
+        if token in session.model.config.eos_token_ids:
+            session._logits = logits.keep(row)
+            self._end("end")
+            return
+        if self._logprobs is not None:
+            self._logprobs.append(logits.logprob(row, token))
+        session._push(token)
+        self.sampler.seen.add(token)
+        self.ids.append(token)
+        self._events.append((token, self._show(token)))
+
+    def _show(self, token: int) -> str:
+        """The text that a new token releases. A stop text ends the answer."""
+        if self._tokenizer is None:
+            return ""
+        piece = self._output.push(self._tokenizer.token_bytes(token))
+        if self._output.stopped:
+            self._set_reason("stop")
+        self._pieces.append(piece)
+        return piece
+
+    def _end(self, reason: str) -> None:
+        """End the answer; what was held back of its text is certain now."""
+        piece = self._output.finish()
+        self._pieces.append(piece)
+        self._events.append((None, piece))
+        self._set_reason("stop" if self._output.stopped else reason)
+
+    def _set_reason(self, reason: str) -> None:
+        self.finish_reason = self.session.finish_reason = reason
+
+
+def advance(model: Model, answers: Sequence[Answer]) -> None:
+    """One step of the loop that makes a language model talk.
+
+    One pass computes what the caches of all texts lack, as far as it has room; then every text
+    whose last token it has reached gets its next token. A long prompt takes several steps. The
+    caller has the turn of every session.
+    """
+    active = [answer for answer in answers if not answer.end_if_over()]
+    if active:
+        with model.workspace() as workspace:
+            rows = compute(model.backend, workspace, [answer.session for answer in active])
+            for answer, row in zip(active, rows):
+                if row is not None:
+                    answer.take(*row)
+
+
+@contextlib.contextmanager
+def naming_position(model: Model, position: int) -> Iterator[None]:
+    """Say in a `NumericError` which file it is and how far the text was computed."""
+    try:
+        yield
+    except NumericError as error:
+        causes = "its weights are damaged (`info --verify` checks a file) or out of float32's range"
+        place = f"{show_path(model.path)}: {error} by position {position}"
+        raise NumericError(f"{place}: {causes}") from None
+
+
+Row = tuple[Any, int]  # logits, and the row of them that belongs to a text
+
+
+def compute(backend: Backend, workspace: Any, sessions: Sequence[Session]) -> list[Optional[Row]]:
+    """One pass over the texts. For each: the logits after its last token, or None if the pass had
+    no room to reach it."""
+    spans: list[Optional[Span]] = []
+    capacity = backend.chunk
+    for session in sessions:
+        span = session._next_span(capacity)
+        spans.append(span)
+        capacity -= len(span.tokens) if span else 0
+    present = [span for span in spans if span is not None]
+    logits = backend.forward(workspace, present) if present else None
+    rows: list[Optional[Row]] = []
+    n_wanted = 0
+    for session, span in zip(sessions, spans):
+        if span is None:
+            kept = session._logits
+            rows.append(None if kept is None else (backend.kept(workspace, kept), 0))
+            continue
+        span.cache.length = span.start + len(span.tokens)
+        rows.append((logits, n_wanted) if span.wanted else None)
+        n_wanted += span.wanted
+    return rows
+
+
+class Turn:
+    """One caller's turn with a session: `with Turn(session): ...`. A second caller is refused.
+
+    A lock would do, were it not for Ctrl-C: an interrupt that arrives between the locking and the
+    `with` block would leave the session locked for ever. So a turn is an entry in a list that
+    counts only while this object lives; the interrupted call drops it. The first entry that
+    counts has the turn: appending to a list is one step for all threads.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.claims = session._claims
+        self.session = session
+        self.life = {object()}  # a set, as it allows weak references also when compiled
+
+    def __enter__(self) -> None:
+        frame = sys._getframe()
+        self.claims.append(
+            (weakref.ref(self.life), threading.get_ident(), id(frame.f_back or frame))
+        )
+        if first_living(self.claims) is not self.life:
+            self.__exit__()
+            raise StateError("session: in use by another thread; give each thread its own")
+        if self.session.closed or self.session.model.closed:
+            self.__exit__()
+            raise StateError(SESSION_CLOSED)
+
+    def __exit__(self, *_: object) -> None:
+        for claim in list(self.claims):
+            if claim[0]() is self.life:
+                self.claims.remove(claim)
+
+
+Claim = tuple[Any, int, int]  # a weak reference to a turn's life, its thread, its frame
+
+
+def first_living(claims: list[Claim]) -> Any:
+    """The life of the first turn that counts; entries before it that do not are removed."""
+    for claim in list(claims):
+        life = claim[0]()
+        if life is not None and not is_abandoned(claim):
+            return life
+        with contextlib.suppress(ValueError):  # another thread has removed it
+            claims.remove(claim)
+    return None
+
+
+def is_abandoned(claim: Claim) -> bool:
+    """Whether this thread made the entry in a call that has ended: its frame is not on the stack.
+
+    An exception that somebody still holds keeps the frames of an interrupted call, and so the
+    life of its turn.
+    """
+    _, thread, frame_id = claim
+    if thread != threading.get_ident():
+        return False
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if id(frame) == frame_id:
+            return False
+        frame = frame.f_back
+    return True
+
+
+class Session(GenerateMethods):
+    """A text that grows, with the keys and values computed for it.
+
+    A session belongs to one caller at a time; several sessions of one model are independent.
+    `copy.copy` and `fork` give a second future of the same text. `finish_reason` says why the last
+    answer ended: "length" (max_new_tokens), "end" (the model chose end-of-text), "stop" (a stop
+    text) or "context" (every position is used); `seed` with which seed it was drawn.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.finish_reason: Optional[str] = None
+        self.seed: Optional[int] = None
+        self.closed = False
+        self._tokens: list[int] = []
+        self._cache: Optional[Cache] = model.backend.new_cache()
+        self._logits: Any = None  # a kept row: the logits after the last token, once known
+        self._claims: list[Claim] = []  # see `Turn`
+        self._change = 0  # counts changes, so that an open stream notices those of others
+
+    def __len__(self) -> int:
+        """The number of tokens."""
+        return len(self._tokens)
+
+    def __bool__(self) -> bool:
+        return True  # also when it is empty
+
+    def __repr__(self) -> str:
+        state = (
+            "closed" if self.closed else f"{len(self)} of {self.model.config.n_positions} tokens"
+        )
+        return f"<tinygpt2.Session: {state}, {show_path(self.model.path)}>"
+
+    def __copy__(self) -> Session:
+        return self.fork()
+
+    def __reduce__(self) -> NoReturn:
+        advice = "keep its `tokens` and feed them to a new one"
+        raise StateError(f"session: it cannot be pickled, as its model is a mapped file; {advice}")
+
+    @property
+    def tokens(self) -> list[int]:
+        """All token ids so far, as a new list."""
+        return list(self._tokens)
+
+    @property
+    def logits(self) -> FloatArray:
+        """The logits that follow the last token, float32 [vocab_size], as a new array."""
+        with Turn(self), self.model.workspace() as workspace:
+            self._compute_all(workspace)
+            rows = self.model.backend.kept(workspace, self._logits).array()
+            row: FloatArray = rows[0]
+            return row
+
+    def feed(self, prompt: Prompt) -> None:
+        """Append text or token ids and compute them."""
+        tokens = self.model.tokens_of(prompt)
+        with Turn(self):
+            self._append(tokens)
+            if tokens:
+                with self.model.workspace() as workspace:
+                    self._compute_all(workspace)
+
+    def rewind(self, n: SupportsIndex) -> None:
+        """Forget the last `n` tokens."""
+        with Turn(self):
+            length, count = len(self._tokens), as_count(n)
+            if count is None or count > length:
+                raise InputError(f"rewind: expected 0 to {length} tokens, found {quote(n)}")
+            if count:
+                self._change += 1
+                self._logits = None
+                self._open_cache().truncate(length - count)
+                del self._tokens[length - count :]
+
+    def fork(self) -> Session:
+        """A new session with the same text, at the cost of copying the used part of the cache."""
+        with Turn(self):
+            fork = Session(self.model)
+            fork._cache = self._open_cache().fork()
+            fork._tokens = list(self._tokens)
+            fork._logits = self._logits
+            fork.finish_reason, fork.seed = self.finish_reason, self.seed
+            return fork
+
+    def close(self) -> None:
+        """Free the cache. Every other call fails from here on; closing again is allowed."""
+        self.closed = True
+        self._cache = self._logits = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def begin(
+        self, prompt: Prompt, values: dict[str, Any], as_text: bool, logprobs: bool
+    ) -> Answer:
+        return self._begin(self.model.tokens_of(prompt), values, as_text, logprobs, False)
+
+    def _begin(
+        self, tokens: list[int], values: dict[str, Any], as_text: bool, logprobs: bool, own: bool
+    ) -> Answer:
+        options = check_options(values, self.model.config.vocab_size)
+        if as_text or options.stop:
+            self.model.need_tokenizer()
+        with Turn(self):
+            self._append(tokens)
+            if not self._tokens:
+                self._append([self.model.need_start_token()])
+            sampler = Sampler(options, self._tokens)
+            self._change += 1  # a stream that is open elsewhere ends here
+            self.seed, self.finish_reason = sampler.seed, None
+            return Answer(self, sampler, own, logprobs)
+
+    def _last_bytes(self) -> bytes:
+        """The end of the text, long enough for an incomplete character."""
+        tokenizer = self.model.tokenizer
+        return b"".join(map(tokenizer.token_bytes, self._tokens[-4:])) if tokenizer else b""
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        total, positions = len(self._tokens) + len(tokens), self.model.config.n_positions
+        if tokens and total > positions:
+            found = f"{len(tokens)} after {len(self._tokens)}" if self._tokens else str(total)
+            text = f"expected at most {positions} tokens, the positions of the model, found {found}"
+            raise ContextError(f"context: {text}; shorten the text or rewind the session")
+        if tokens:
+            self._change += 1
+            self._logits = None
+            self._tokens += tokens
+
+    def _push(self, token: int) -> None:
+        """Append a token of an answer, which may be one more than there are positions."""
+        self._logits = None
+        self._tokens.append(token)
+
+    def _is_full(self) -> bool:
+        """Whether no token can follow. The last position predicts one more token, so this is one
+        more than there are positions."""
+        return len(self._tokens) > self.model.config.n_positions
+
+    def _open_cache(self) -> Cache:
+        cache = self._cache
+        if cache is None:  # closed by another thread just now
+            raise StateError(SESSION_CLOSED)
+        return cache
+
+    def _next_span(self, capacity: int) -> Optional[Span]:
+        """What the cache lacks, at most `capacity` tokens; None if there is no capacity, or if
+        nothing is lacking because the logits are known."""
+        if self._logits is not None or capacity < 1:
+            return None
+        cache = self._open_cache()
+        # At least the last token: its logits may be forgotten where its keys are not.
+        start = min(cache.length, len(self._tokens) - 1)
+        tokens = self._tokens[start : start + capacity]
+        return Span(cache, tokens, start, int(start + len(tokens) == len(self._tokens)))
+
+    def _compute_all(self, workspace: Any) -> None:
+        """Compute the whole text and keep the logits after its last token."""
+        if not self._tokens:
+            raise StateError("session: it is empty; feed it a text first")
+        if self._is_full():
+            raise ContextError("context: nothing can follow the last position; rewind first")
+        while self._logits is None:
+            (row,) = compute(self.model.backend, workspace, [self])
+            if row is not None:
+                with naming_position(self.model, len(self) - 1):
+                    self._logits = row[0].keep(row[1])
+
+    def _each_pass(self, workspace: Any) -> Iterator[tuple[int, Logits]]:
+        """Compute the whole text and hand out the logits after every token, pass by pass."""
+        cache, backend = self._open_cache(), self.model.backend
+        for start in range(0, len(self._tokens), backend.chunk):
+            tokens = self._tokens[start : start + backend.chunk]
+            yield start, backend.forward(workspace, [Span(cache, tokens, start, len(tokens))])
+            cache.length = start + len(tokens)
+
+
+class Model(GenerateMethods):
+    """A mapped .tg2 file, its tokenizer and its backend. Shared by any number of sessions."""
+
+    def __init__(
+        self,
+        path: Path,
+        backend: Optional[Literal["c", "numpy"]] = None,
+        threads: Optional[SupportsIndex] = None,
+    ) -> None:
+        n_threads = check_threads(threads)
+        if backend is not None and backend not in BACKENDS:
+            raise InputError(f"backend: expected None or one of {BACKENDS}, found {quote(backend)}")
+        if sys.byteorder != "little":
+            raise TinyGPT2Error("a .tg2 file is little-endian, and this machine is not")
+        self.file = TensorFile(path)
+        try:
+            self.path = self.file.path
+            self.config = read_config(self.file)
+            has_tokenizer = self.config.n_merges is not None
+            self.tokenizer = Tokenizer(self.file, self.config) if has_tokenizer else None
+            self._backend: Optional[Backend] = new_backend(
+                self.file, self.config, backend, n_threads
+            )
+        except TinyGPT2Error:
+            self.file.close()
+            raise
+        self.closed = False
+        self._workspaces: list[Any] = []  # those that no pass uses now
+
+    def __repr__(self) -> str:
+        backend, c = self._backend, self.config
+        computes = "closed" if backend is None else backend.describe()
+        sizes = f"{c.n_layer} layers of {c.n_embd}, {c.vocab_size} tokens"
+        return f"<tinygpt2.Model {show_path(self.path)}: {sizes}, {computes}>"
+
+    @property
+    def start_token(self) -> Optional[int]:
+        """The token that precedes a text: end-of-text, or begin-of-text if there is none."""
+        config = self.config
+        return config.eos_token_ids[0] if config.eos_token_ids else config.bos_token_id
+
+    def need_start_token(self) -> int:
+        start = self.start_token
+        if start is None:
+            raise InputError("prompt: it is empty, and the model has no end-of-text to start from")
+        return start
+
+    @property
+    def backend(self) -> Backend:
+        """What computes."""
+        backend = self._backend
+        if backend is None:
+            raise StateError(MODEL_CLOSED)
+        return backend
+
+    @contextlib.contextmanager
+    def workspace(self) -> Iterator[Any]:
+        """Lend the scratch memory of a pass. Several threads at a time get several."""
+        try:
+            workspace = self._workspaces.pop()
+        except IndexError:
+            workspace = self.backend.new_workspace()
+        try:
+            yield workspace
+        finally:
+            if not self.closed:
+                self._workspaces.append(workspace)
+
+    def need_tokenizer(self) -> Tokenizer:
+        tokenizer = self.tokenizer  # before `closed` is looked at: another thread may be closing
+        if self.closed:
+            raise StateError(MODEL_CLOSED)
+        if tokenizer is None:
+            path = show_path(self.path)
+            raise InputError(f"{path}: no tokenizer inside; use token ids (generate_ids, --ids)")
+        return tokenizer
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The token ids of a text; texts of special tokens count as such only if `special`."""
+        if not isinstance(text, str):
+            raise InputError(f"text: expected a string, found {quote(text)}")
+        return self.need_tokenizer().encode(text, special)
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.need_tokenizer().decode(self.check_ids(ids))
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """Text or ids as ids."""
+        return self.encode(prompt) if isinstance(prompt, str) else self.check_ids(prompt)
+
+    def check_ids(self, ids: Iterable[SupportsIndex]) -> list[int]:
+        """Ids as a list of int (NumPy's integers are welcome), each in the vocabulary."""
+        is_bytes = isinstance(ids, (bytes, bytearray, memoryview))
+        try:
+            items = None if is_bytes else iter(ids)
+        except TypeError:  # also an array without dimensions
+            items = None
+        if items is None:
+            raise InputError(f"prompt: expected text or token ids, found {quote(ids)}")
+        return [self.check_id(value, position) for position, value in enumerate(items)]
+
+    def check_id(self, value: object, position: int) -> int:
+        token, size = as_index(value), self.config.vocab_size
+        if token is None or not is_token(token, size):
+            expected, found = f"whole numbers from 0 to {size - 1}", quote(value)
+            raise InputError(
+                f"token ids: expected {expected}, found {found} at position {position}"
+            )
+        return token
+
+    def session(self) -> Session:
+        """A new, empty session."""
+        return Session(self)
+
+    def begin(
+        self, prompt: Prompt, values: dict[str, Any], as_text: bool, logprobs: bool
+    ) -> Answer:
+        session = self.session()
+        return session._begin(self.tokens_of(prompt), values, as_text, logprobs, True)
+
+    def logits(self, prompt: Prompt) -> FloatArray:
+        """The logits after every token, float32 [number of tokens, vocab_size]."""
+        tokens = self.tokens_of(prompt)
+        with self.session() as session, self.workspace() as workspace:
+            session._append(tokens)
+            logits: FloatArray = np.empty((len(tokens), self.config.vocab_size), np.float32)
+            for start, rows in session._each_pass(workspace):
+                with naming_position(self, min(start + self.backend.chunk, len(tokens)) - 1):
+                    part = rows.array()
+                logits[start : start + len(part)] = part
+        return logits
+
+    def score(self, prompt: Prompt, progress: Optional[Progress] = None) -> Score:
+        """The log-probability of every token of a text of any length.
+
+        The text follows end-of-text, as documents do in training; without such a token its first
+        token has no score. A text longer than the context is read in windows that overlap by half,
+        and every token is scored once, with at least half a context before it. Memory does not
+        grow with the text.
+        """
+        tokenizer = self.tokenizer  # another thread may close the model at any time
+        ids = self.tokens_of(prompt)
+        n_bytes = None if tokenizer is None else byte_count(tokenizer, prompt, ids)
+        start = self.start_token
+        tokens = ids if start is None else [start, *ids]
+        logprobs: list[Optional[float]] = [None] * min(1, len(ids)) if start is None else []
+        positions = self.config.n_positions
+        scored = 1  # how many of `tokens` are done
+        while scored < len(tokens):
+            begin = 0 if scored == 1 else max(0, scored - max(1, positions // 2))
+            end = min(len(tokens), begin + positions + 1)
+            logprobs += self._window_logprobs(tokens[begin:end], scored - begin)
+            scored = end
+            if progress:
+                progress("scoring", scored, len(tokens))
+        return Score(ids, logprobs, n_bytes)
+
+    def _window_logprobs(self, tokens: list[int], first: int) -> list[float]:
+        """The log-probability of each token from index `first` on, given those before it."""
+        logprobs: list[float] = []
+        with self.session() as session, self.workspace() as workspace:
+            session._append(tokens[:-1])
+            for start, logits in session._each_pass(workspace):
+                stop = min(start + self.backend.chunk, len(tokens) - 1)
+                for i in range(max(start, first - 1), stop):
+                    with naming_position(self, i):
+                        logprobs.append(logits.logprob(i - start, tokens[i + 1]))
+        return logprobs
+
+    def close(self) -> None:
+        """Release the file. Sessions of this model fail from here on; closing again is allowed."""
+        if not self.closed:
+            self.closed = True
+            self.tokenizer = self._backend = None  # a running call holds what it needs
+            self._workspaces.clear()
+            self.file.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def byte_count(tokenizer: Tokenizer, prompt: Prompt, ids: list[int]) -> int:
+    """The length of a prompt in UTF-8."""
+    if isinstance(prompt, str):
+        return len(mend_surrogates(prompt).encode("utf-8"))
+    return sum(len(tokenizer.token_bytes(token)) for token in ids)
+
+
+def load(
+    path: Optional[Path] = None,
+    *,
+    backend: Optional[Literal["c", "numpy"]] = None,
+    threads: Optional[SupportsIndex] = None,
+) -> Model:
+    """Open a .tg2 file, or the default model if none is named.
+
+    Takes milliseconds: the file is mapped, not read. Raises `FormatError` if it is not a good one.
+    `backend` is what computes: "c" (the kernels that build.py makes), "numpy", or None for the
+    fastest there is. `threads` is how many threads it may use; None takes $TINYGPT2_THREADS, or
+    one for each processor. NumPy follows it only if this call is what imports NumPy.
+    """
+    return Model(default_model() if path is None else path, backend, threads)
+
+
+# Companions: parts that a program does not need while it runs live in files of their own, in the
+# folder vendor/ beside this file, in a clone and in an installed package alike.
+
+
+def companion_path(name: str, purpose: str, otherwise: str = "") -> str:
+    """The path of a file in vendor/, or an error that says where to get it."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vendor", name)
+    if not os.path.exists(path):
+        advice = f"{otherwise}copy the project's vendor/{name} there, or install the whole project"
+        raise MissingFileError(path, purpose, "a file", "none", advice)
+    return path
+
+
+def default_model() -> str:
+    """The path of the model that comes with tinygpt2."""
+    return companion_path("tales.tg2", "default model", "name a .tg2 file, ")
+
+
+def load_companion(name: str) -> ModuleType:
+    """Run a file of vendor/ as a module. It gets this module, whatever its name, as `tinygpt2`."""
+    from importlib import util
+
+    full_name = f"{__name__}.vendor.{name}"
+    if full_name not in sys.modules:
+        spec = util.spec_from_file_location(full_name, companion_path(f"{name}.py", "companion"))
+        if spec is None or spec.loader is None:
+            raise TinyGPT2Error(f"vendor/{name}.py: Python finds no loader for it")
+        module = util.module_from_spec(spec)
+        module.tinygpt2 = sys.modules[__name__]  # type: ignore[attr-defined]
+        import_numpy()  # which companions import, too: a clear error where it is missing
+        spec.loader.exec_module(module)
+        sys.modules[full_name] = module
+    return sys.modules[full_name]
+
+
+def convert(source: Path, out: Path, progress: Optional[Progress] = None) -> None:
+    """Convert a GPT-2 checkpoint to a .tg2 file; see vendor/convert.py, which does it."""
+    load_companion("convert").convert(source, out, progress)
+
+
+def download(
+    name: str, out: Path, revision: str = "main", progress: Optional[Progress] = None
+) -> None:
+    """Fetch a checkpoint from the Hugging Face hub and convert it; see vendor/convert.py."""
+    load_companion("convert").download(name, out, revision, progress)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Kernels
+# ------------------------------------------------------------------------------------------------
+
+# The same forward pass and choice in kernels.c, with the same bits on every machine. The head of
+# that file explains the functions and structures that are declared here.
 
 LIBRARY = {"win32": "tinygpt2_kernels.dll", "darwin": "tinygpt2_kernels.dylib"}.get(
     sys.platform, "tinygpt2_kernels.so"
 )
 DONE, MORE, BUSY, _, NOT_ALL_FINITE = range(5)  # what the functions of kernels.c return
-LOGIT_ROWS = 48  # how many rows of logits a session in C holds at most
+NO_CHOICE = -1
+REBUILD = "run `python build.py` again, delete the file, or use the backend 'numpy'"
 
 
-def library_path() -> str | None:
+def library_path() -> Optional[str]:
     """Where the kernels are: beside this file, where build.py and the wheel put them."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), LIBRARY)
     return path if os.path.exists(path) else None
 
 
-def load_library(path: str) -> Any:
-    """The library that build.py makes of kernels.c, with all that is used of it declared."""
-    import ctypes as c
-
-    pointer, number = c.c_void_p, c.c_int
-    declared = (
-        ("tg_isa_name", c.c_char_p, [c.c_char_p]),
-        ("tg_model_new", pointer, [c.c_char_p, pointer, pointer, c.c_char_p, number]),
-        ("tg_model_free", None, [pointer]),
-        ("tg_chunk", number, [pointer]),
-        ("tg_session_new", pointer, [pointer, number]),
-        ("tg_session_free", None, [pointer]),
-        ("tg_forward", number, [pointer, pointer, number, number]),
-        ("tg_logits", number, [pointer, number, number, c.POINTER(pointer)]),
-        ("tg_log_probability", c.c_double, [pointer, number, c.c_int32]),
-        ("tg_choose", c.c_int32, [pointer, c.c_char_p]),
-    )
-    try:
-        check_whole(path)
-        library = c.CDLL(path)
-        library.tg_version.restype = c.c_char_p
-        found = (library.tg_version() or b"none").decode("utf-8", "replace")
-        if found != __version__:
-            raise TinyGPT2Error(f"{path}: expected version {__version__}, found {found}; {REBUILD}")
-        for name, result, arguments in declared:
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise TinyGPT2Error(f"{path}: it cannot be loaded: {error}; {REBUILD}") from None
-    return library
-
-
 def check_whole(path: str) -> None:
-    """Raise `OSError` if a library of Linux is cut off, which the system would find by crashing.
+    """Raise `OSError` if a library of Linux is cut off; loading it would crash the process.
 
     Its table of sections is the last thing in it (ELF-64, little-endian).
     """
@@ -1059,159 +2590,339 @@ def check_whole(path: str) -> None:
             raise OSError("its end is missing")
 
 
-REBUILD = "run `python build.py` again, delete the file, or use the backend 'numpy'"
+class Kernels:
+    """The library that build.py makes of kernels.c: its structures and functions.
+
+    ctypes is imported here, when a library is loaded, and not with this module.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.c: Any = importlib.import_module("ctypes")
+        c = self.c
+        i32, pointer = c.c_int32, c.c_void_p
+        self.Config = structure(
+            "tg_config",
+            *[(name, i32) for name in ("vocab_size", "n_positions", "n_embd", "n_layer")],
+            *[(name, i32) for name in ("n_head", "n_inner", "activation", "scale_attn_weights")],
+            *[(name, i32) for name in ("scale_attn_by_inverse_layer_idx", "tied")],
+            ("layer_norm_epsilon", c.c_float),
+        )
+        self.Span = structure(
+            "tg_span",
+            ("cache", pointer),
+            ("tokens", c.POINTER(i32)),
+            *[(name, i32) for name in ("n", "start", "wanted")],
+        )
+        self.Options = structure(
+            "tg_options",
+            *[(name, c.c_double) for name in ("temperature", "top_p", "min_p")],
+            ("repetition_penalty", c.c_double),
+            ("seed", c.c_uint64),
+            ("position", c.c_int64),
+            ("bias", c.POINTER(c.c_double)),
+            ("bias_tokens", c.POINTER(i32)),
+            ("seen", c.POINTER(i32)),
+            *[(name, i32) for name in ("top_k", "n_bias", "n_seen")],
+        )
+        self.library = self.load(path)
+
+    def load(self, path: str) -> Any:
+        c, where = self.c, show_path(path)
+        try:
+            check_whole(path)
+            library = c.CDLL(path)
+            library.tg_version.restype = c.c_char_p
+            found = (library.tg_version() or b"none").decode("utf-8", "replace")
+            if found != __version__:
+                found = f"expected version {__version__}, found {found}"
+                raise TinyGPT2Error(f"{where}: {found}; {REBUILD}")
+            self.declare(library)
+        except (OSError, AttributeError) as error:
+            raise TinyGPT2Error(f"{where}: it cannot be loaded: {error}; {REBUILD}") from None
+        return library
+
+    def declare(self, library: Any) -> None:
+        """Declare every function that is used; without it ctypes cuts pointers to 32 bits."""
+        c = self.c
+        pointer, number, i32 = c.c_void_p, c.c_int, c.c_int32
+        options, spans = c.POINTER(self.Options), c.POINTER(self.Span)
+        config, offsets = c.POINTER(self.Config), c.POINTER(c.c_int64)
+        functions: dict[str, tuple[Any, list[Any]]] = {
+            "tg_isa_name": (c.c_char_p, [c.c_char_p]),
+            "tg_model_new": (pointer, [config, pointer, offsets, c.c_char_p, number]),
+            "tg_model_free": (None, [pointer]),
+            "tg_chunk": (number, [pointer]),
+            "tg_cache_new": (pointer, [pointer]),
+            "tg_cache_free": (None, [pointer]),
+            "tg_cache_copy": (None, [pointer, pointer, number]),
+            "tg_cache_dump": (None, [pointer, number, pointer]),
+            "tg_cache_restore": (None, [pointer, number, pointer]),
+            "tg_pass_new": (pointer, [pointer]),
+            "tg_pass_free": (None, [pointer]),
+            "tg_forward": (number, [pointer, spans, number]),
+            "tg_logits": (number, [pointer, number, c.POINTER(pointer)]),
+            "tg_choose": (number, [pointer, pointer, options, c.POINTER(i32)]),
+            "tg_log_probability": (number, [pointer, pointer, i32, c.POINTER(c.c_double)]),
+            "tg_top": (
+                number,
+                [pointer, pointer, number, c.POINTER(i32), c.POINTER(c.c_double)],
+            ),
+        }
+        for name, (result, arguments) in functions.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+
+    def address_of(self, data: mmap.mmap) -> tuple[int, Handle]:
+        """Where a read-only map lies in memory, and what keeps it there."""
+        c = self.c
+        sizes = [(name, c.c_ssize_t) for name in ("len", "itemsize")]
+        flags = [(name, c.c_int) for name in ("readonly", "ndim")]
+        rest = [(name, c.c_void_p) for name in ("format", "shape", "strides", "more", "internal")]
+        start = [("buf", c.c_void_p), ("obj", c.c_void_p)]
+        view = structure("Py_buffer", *start, *sizes, *flags, *rest)()
+        c.pythonapi.PyObject_GetBuffer(c.py_object(data), c.byref(view), 0)
+        return view.buf or 0, Handle(c.byref(view), c.pythonapi.PyBuffer_Release, data)
+
+
+STRUCTURES: dict[str, Any] = {}  # ctypes never forgets a structure, so each is made once
+
+
+def structure(name: str, *fields: tuple[str, Any]) -> Any:
+    """A ctypes structure (made by a call, since a module that imports ctypes late has no base)."""
+    import ctypes
+
+    if name not in STRUCTURES:
+        STRUCTURES[name] = type(name, (ctypes.Structure,), {"_fields_": list(fields)})
+    return STRUCTURES[name]
 
 
 class Handle:
-    """What C has made, until Python forgets it; `owner` is what must live as long."""
+    """Owns a pointer from C and frees it when collected; keeps `owner` alive until then."""
 
-    def __init__(self, pointer: Any, free: Callable[[Any], None], owner: object = None) -> None:
-        self.pointer, self.free, self.owner = pointer, free, owner
-        self.given: object = None  # what C reads during a call: a compiler may drop locals early
+    def __init__(self, pointer: Any, free: Callable[[Any], None], owner: object) -> None:
+        self.pointer = pointer
+        self.free = free
+        self.owner = owner
 
     def __del__(self) -> None:
         self.free(self.pointer)
 
 
-def address_of(data: mmap.mmap) -> tuple[int, Handle]:
-    """Where a read-only map lies in memory, and what keeps it there."""
-    import ctypes as c
+def check_status(status: int) -> None:
+    if status == BUSY:
+        raise StateError("model: two threads use one pass; give each thread its own session")
+    if status == NOT_ALL_FINITE:
+        raise NumericError(NOT_FINITE)
+    if status != DONE:
+        raise TinyGPT2Error(f"kernels: refused with status {status}; {REBUILD}")
 
-    view = c.create_string_buffer(256)  # a Py_buffer, which begins with the address
-    c.pythonapi.PyObject_GetBuffer(c.py_object(data), view, 0)
-    address = c.c_void_p.from_buffer(view).value or 0
-    return address, Handle(view, c.pythonapi.PyBuffer_Release, data)
+
+class CCache:
+    """Keys and values in the panels of kernels.c."""
+
+    def __init__(self, backend: CBackend, length: int = 0) -> None:
+        pointer = backend.library.tg_cache_new(backend.model.pointer)
+        if not pointer:
+            raise TinyGPT2Error("no memory for the keys and values of a text: close others")
+        self.handle = Handle(pointer, backend.library.tg_cache_free, backend.model)
+        self.backend = backend
+        self.length = length
+
+    def fork(self) -> CCache:
+        fork = CCache(self.backend, self.length)
+        copy = self.backend.library.tg_cache_copy
+        copy(fork.handle.pointer, self.handle.pointer, self.length)
+        return fork
+
+    def truncate(self, length: int) -> None:
+        self.length = min(self.length, length)
+
+    def dump(self) -> bytes:
+        config = self.backend.config
+        size = 4 * config.n_layer * 2 * self.length * config.n_embd
+        data = (self.backend.kernels.c.c_char * size)()
+        self.backend.library.tg_cache_dump(self.handle.pointer, self.length, data)
+        return bytes(data)
+
+    def restore(self, data: bytes, length: int) -> None:
+        self.backend.library.tg_cache_restore(self.handle.pointer, length, data)
+        self.length = length
+
+
+class CWorkspace:
+    """The scratch memory of a pass, and how many passes it has served."""
+
+    def __init__(self, backend: CBackend) -> None:
+        pointer = backend.library.tg_pass_new(backend.model.pointer)
+        if not pointer:
+            raise TinyGPT2Error("no memory for a forward pass: close other models")
+        self.handle = Handle(pointer, backend.library.tg_pass_free, backend.model)
+        self.n_passes = 0
+
+
+class CLogits:
+    """`Logits` in the memory of a pass, or one row that was copied from there."""
+
+    def __init__(self, backend: CBackend, workspace: CWorkspace, n_rows: int, kept: Any) -> None:
+        self.backend = backend
+        self.workspace = workspace
+        self.number = workspace.n_passes
+        self.n_rows = n_rows
+        self.kept = kept
+
+    def pointer(self, row: int) -> Any:
+        """Where a row lies, until another one is asked for."""
+        if self.number != self.workspace.n_passes:
+            raise StateError(STALE)
+        c = self.backend.kernels.c
+        if self.kept is not None:
+            return c.addressof(self.kept)
+        place = c.c_void_p()
+        check_status(self.backend.library.tg_logits(self.workspace.handle.pointer, row, place))
+        return place.value
+
+    def choose(self, row: int, sampler: Sampler, position: int) -> int:
+        kernels = self.backend.kernels
+        options = kernels.c.byref(c_options(kernels, sampler, position))
+        token = kernels.c.c_int32()
+        scratch = self.workspace.handle.pointer
+        check_status(kernels.library.tg_choose(scratch, self.pointer(row), options, token))
+        if token.value == NO_CHOICE:
+            raise InputError(EVERY_TOKEN_FORBIDDEN)
+        return int(token.value)
+
+    def logprob(self, row: int, token: int) -> float:
+        kernels = self.backend.kernels
+        result = kernels.c.c_double()
+        scratch = self.workspace.handle.pointer
+        logits = self.pointer(row)
+        check_status(kernels.library.tg_log_probability(scratch, logits, token, result))
+        return float(result.value)
+
+    def top(self, row: int, n: int) -> list[tuple[int, float]]:
+        kernels = self.backend.kernels
+        n = min(n, self.backend.config.vocab_size)
+        tokens, logprobs = (kernels.c.c_int32 * n)(), (kernels.c.c_double * n)()
+        scratch = self.workspace.handle.pointer
+        check_status(kernels.library.tg_top(scratch, self.pointer(row), n, tokens, logprobs))
+        return list(zip(tokens, logprobs))
+
+    def array(self) -> FloatArray:
+        size = self.backend.config.vocab_size
+        rows: FloatArray = np.empty((self.n_rows, size), np.float32)
+        for row in range(self.n_rows):
+            rows[row] = np.frombuffer(self.keep(row), np.float32)
+        return rows
+
+    def keep(self, row: int) -> Any:
+        c = self.backend.kernels.c
+        self.top(row, 1)  # for its check that all are finite
+        kept = (c.c_float * self.backend.config.vocab_size)()
+        c.memmove(kept, self.pointer(row), c.sizeof(kept))
+        return kept
+
+
+def c_options(kernels: Kernels, sampler: Sampler, position: int) -> Any:
+    """What kernels.c must know for a choice. Most of it stays the same for a whole answer."""
+    c, options = kernels.c, sampler.options
+    if sampler.prepared is None:
+        biases = options.logit_bias or {}
+        sampler.prepared = kernels.Options(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            seed=sampler.seed & MASK,
+            bias=(c.c_double * len(biases))(*biases.values()),
+            bias_tokens=(c.c_int32 * len(biases))(*biases),
+            top_k=min(options.top_k, 1 << 30),
+            n_bias=len(biases),
+        )
+    prepared = sampler.prepared
+    if options.repetition_penalty != 1:
+        prepared.seen = (c.c_int32 * len(sampler.seen))(*sampler.seen)
+        prepared.n_seen = len(sampler.seen)
+    prepared.position = position
+    return prepared
 
 
 class CBackend:
-    """The forward pass in kernels.c: the same public methods, the same bits on every machine."""
+    """The forward pass in kernels.c."""
 
     name = "c"
 
-    def __init__(self, file: TensorFile, config: Config, threads: int | None, path: str) -> None:
-        self.library = load_library(path)
+    def __init__(self, file: TensorFile, config: Config, threads: Optional[int], path: str) -> None:
+        self.kernels = Kernels(path)
+        self.library = self.kernels.library
         self.config = config
         self.threads = threads or default_threads()
-        if self.library.tg_isa_name(None) is None:
+        isa = self.library.tg_isa_name(None)
+        if isa is None:
             wanted = os.environ.get("TINYGPT2_ISA")
-            raise InputError(f"TINYGPT2_ISA: expected {self.isas()}, found {brief(wanted)}")
-        self.isa: str = self.library.tg_isa_name(None).decode()
-        offsets = [
-            file.tensors[name].start
-            for name, (dtype, _) in layout(config).items()
-            if dtype == "F32"
-        ]
-        sizes = struct.pack(
-            "@10if",
-            *(config.vocab_size, config.n_positions, config.n_embd, config.n_layer),
-            *(config.n_head, config.n_inner, ACTIVATIONS.index(config.activation_function)),
-            *(config.scale_attn_weights, config.scale_attn_by_inverse_layer_idx),
-            *(config.tie_word_embeddings, config.layer_norm_epsilon),
+            raise InputError(f"TINYGPT2_ISA: expected {self.isas()}, found {quote(wanted)}")
+        self.isa: str = isa.decode()
+        self.model = self.new_model(file)
+        self.chunk: int = self.library.tg_chunk(self.model.pointer)
+
+    def new_model(self, file: TensorFile) -> Handle:
+        kernels, config = self.kernels, self.config
+        same = set(Config._fields) & {name for name, _ in kernels.Config._fields_}
+        sizes = kernels.Config(
+            **{name: getattr(config, name) for name in same},
+            activation=ACTIVATIONS.index(config.activation_function),
+            tied=config.tie_word_embeddings,
         )
-        address, weights = address_of(file.map)
-        places = struct.pack(f"@{len(offsets)}q", *offsets)
+        weights = [name for name, (dtype, _) in layout(config).items() if dtype == "F32"]
+        offsets = [file.tensors[name].start for name in weights]
+        places = (kernels.c.c_int64 * len(offsets))(*offsets)
+        address, view = kernels.address_of(file.map)
         model = self.library.tg_model_new(sizes, address, places, None, self.threads)
         if not model:
             raise TinyGPT2Error("no memory for the table of the model's tensors")
-        self.model = Handle(model, self.library.tg_model_free, weights)
-        self.chunk: int = self.library.tg_chunk(model)
-        # For a look at signals soon enough: no more work than a step of a layer has.
-        widest = max(config.n_inner, 3 * config.n_embd)
-        self.n_rows = max(1, min(LOGIT_ROWS, self.chunk * widest // config.vocab_size))
+        return Handle(model, self.library.tg_model_free, view)
+
+    def describe(self) -> str:
+        return f"c ({self.isa}, {self.threads} threads)"
 
     def isas(self) -> str:
         """The names of the instruction sets that can be used here."""
         names = ("avx512", "avx2", "neon", "portable")
         return " or ".join(n for n in names if self.library.tg_isa_name(n.encode()))
 
-    def new_cache(self) -> Handle:
-        """A session of kernels.c: keys, values and scratch memory."""
-        session = self.library.tg_session_new(self.model.pointer, self.chunk)
-        if not session:
-            raise TinyGPT2Error("no memory for the keys and values of a session: close others")
-        return Handle(session, self.library.tg_session_free, self.model)
+    def new_cache(self) -> CCache:
+        return CCache(self)
 
-    def run(self, cache: Handle, tokens: Sequence[int], start: int) -> None:
-        """Compute tokens up to the last layer, a fiftieth of a second at a time: between two calls
-        Python looks at signals, so that Ctrl-C ends a long prompt."""
-        import ctypes
+    def new_workspace(self) -> CWorkspace:
+        return CWorkspace(self)
 
-        ids = (ctypes.c_int32 * len(tokens))(*tokens)
-        status = self.library.tg_forward(cache.pointer, ids, len(tokens), start)
-        check_signals = ctypes.pythonapi.PyErr_CheckSignals  # which compiled Python does not call
+    def kept(self, workspace: CWorkspace, row: Any) -> CLogits:
+        return CLogits(self, workspace, 1, row)
+
+    def forward(self, workspace: CWorkspace, spans: Sequence[Span]) -> CLogits:
+        """C returns after 20 ms or so and is called again, so that Ctrl-C ends a long prompt."""
+        workspace.n_passes += 1
+        c_spans = (self.kernels.Span * len(spans))(*map(self.c_span, spans))
+        pointer = workspace.handle.pointer
+        check_signals = self.kernels.c.pythonapi.PyErr_CheckSignals  # compiled Python does not
+        status = self.library.tg_forward(pointer, c_spans, len(spans))
         while status == MORE:
             check_signals()
-            status = self.library.tg_forward(cache.pointer, None, 0, 0)
+            status = self.library.tg_forward(pointer, None, 0)
         check_signals()
         check_status(status)
+        return CLogits(self, workspace, sum(span.wanted for span in spans), None)
 
-    def rows(self, cache: Handle, first: int, count: int) -> Any:
-        """The logits after some of those tokens, rows of floats that last until the next call."""
-        import ctypes
-
-        place = ctypes.c_void_p()
-        check_status(self.library.tg_logits(cache.pointer, first, count, place))
-        row = ctypes.c_float * round_up(self.config.vocab_size, PANEL)
-        rows = (row * count).from_address(place.value or 0)
-        rows.cache = cache  # type: ignore[attr-defined]  # its memory, as long as they are looked at
-        return rows
-
-    def forward(self, cache: Handle, tokens: Sequence[int], start: int, n_logits: int) -> Any:
-        """As in NumPy; a single row of logits is not an array but memory of the cache."""
-        self.run(cache, tokens, start)
-        first, size = len(tokens) - n_logits, self.config.vocab_size
-        if n_logits == 1:
-            return [memoryview(self.rows(cache, first, 1)[0])[:size]]
-        logits = np.empty((n_logits, size), np.float32)
-        for i in range(0, n_logits, self.n_rows):
-            count = min(self.n_rows, n_logits - i)
-            logits[i : i + count] = np.asarray(self.rows(cache, first + i, count))[:, :size]
-        return logits
-
-    def logprobs(
-        self, cache: Handle, tokens: Sequence[int], start: int, targets: Sequence[int]
-    ) -> list[float]:
-        """The log-probability of each target after the token in its place."""
-        self.run(cache, tokens, start)
-        result: list[float] = []
-        for i in range(0, len(targets), self.n_rows):
-            some = targets[i : i + self.n_rows]
-            self.rows(cache, i, len(some))
-            result += [
-                self.library.tg_log_probability(cache.pointer, row, target)
-                for row, target in enumerate(some)
-            ]
-        return result
-
-    def choose(
-        self, cache: Handle, logits: Any, seen: set[int], options: Options, uniform: float
-    ) -> int:
-        """What `adjust` and `choose` of section 6 do, on the logits in the cache."""
-        biases = options.logit_bias or {}
-        tokens, values = array.array("i", biases), array.array("d", biases.values())
-        known = array.array("i", seen if options.repetition_penalty != 1 else ())
-        cache.given = (tokens, values, known)
-        packed = struct.pack(
-            "@5d3P3i",
-            *(options.temperature, options.top_p, options.min_p, options.repetition_penalty),
-            uniform,
-            *(part.buffer_info()[0] for part in (values, tokens, known)),
-            *(min(options.top_k, len(logits)), len(tokens), len(known)),
-        )
-        token: int = self.library.tg_choose(cache.pointer, packed)
-        if token == -BUSY:
-            check_status(BUSY)
-        if token < 0:
-            raise InputError(EVERY_TOKEN)
-        return token
+    def c_span(self, span: Span) -> Any:
+        n = len(span.tokens)
+        tokens = (self.kernels.c.c_int32 * n)(*span.tokens)
+        return self.kernels.Span(span.cache.handle.pointer, tokens, n, span.start, span.wanted)
 
 
-Backend = Union[NumpyBackend, CBackend]
 BACKENDS = ("c", "numpy")
 
 
 def new_backend(
-    file: TensorFile, config: Config, wanted: str | None, threads: int | None
+    file: TensorFile, config: Config, wanted: Optional[str], threads: Optional[int]
 ) -> Backend:
     """The backend that is wanted, or the fastest one there is."""
     path = None if wanted == "numpy" else library_path()
@@ -1220,21 +2931,43 @@ def new_backend(
         if wanted or os.environ.get("TINYGPT2_ISA") or backend.isa != "portable":
             return backend
         with contextlib.suppress(TinyGPT2Error):  # raised if there is no NumPy
-            return NumpyBackend(file, config, threads)  # many times faster than portable C
+            return numpy_instead(file, config, threads, "this processor has neither AVX2 nor NEON")
         return backend
     if wanted == "c":
         advice = "`python build.py` makes it, with any C compiler"
-        raise TinyGPT2Error(f"backend c: no {LIBRARY} beside {__file__} ({advice})")
-    return NumpyBackend(file, config, threads)
+        raise TinyGPT2Error(f"backend c: no {LIBRARY} beside {show_path(__file__)} ({advice})")
+    if wanted == "numpy":
+        return NumpyBackend(file, config, threads)
+    reason = f"there is no {LIBRARY} beside {__file__}; `python build.py` makes it"
+    return numpy_instead(file, config, threads, reason)
 
 
-def check_status(status: int) -> None:
-    if status == BUSY:
-        raise StateError("session: in use by another thread; give each thread its own")
-    if status == NOT_ALL_FINITE:
-        raise NumericError(NOT_FINITE)
-    if status != DONE:
-        raise TinyGPT2Error(f"kernels: refused with status {status}; {REBUILD}")
+def numpy_instead(
+    file: TensorFile, config: Config, threads: Optional[int], reason: str
+) -> NumpyBackend:
+    """The slower backend, with a word about it in the log for those who look there."""
+    import logging
+
+    backend = NumpyBackend(file, config, threads)
+    logging.getLogger("tinygpt2").info("NumPy computes, and not the kernels: %s", reason)
+    return backend
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Processors
+# ------------------------------------------------------------------------------------------------
+
+MAX_THREADS = 256
+
+
+def check_threads(threads: object) -> Optional[int]:
+    if threads is None:
+        return None
+    count = as_index(threads)
+    if count is None or not 1 <= count <= MAX_THREADS:
+        expected = f"None or a number from 1 to {MAX_THREADS}"
+        raise InputError(f"threads: expected {expected}, found {quote(threads)}")
+    return count
 
 
 def default_threads() -> int:
@@ -1242,10 +2975,10 @@ def default_threads() -> int:
     wanted = os.environ.get("TINYGPT2_THREADS")
     if not wanted:
         return min(available_processors(), MAX_THREADS)
-    number = wanted.isascii() and wanted.isdecimal() and len(wanted) < 10
-    if not number or not 1 <= int(wanted) <= MAX_THREADS:
+    is_number = wanted.isascii() and wanted.isdecimal() and len(wanted) < 10
+    if not is_number or not 1 <= int(wanted) <= MAX_THREADS:
         expected = f"a whole number from 1 to {MAX_THREADS}"
-        raise InputError(f"TINYGPT2_THREADS: expected {expected}, found {brief(wanted)}")
+        raise InputError(f"TINYGPT2_THREADS: expected {expected}, found {quote(wanted)}")
     return int(wanted)
 
 
@@ -1261,7 +2994,7 @@ def available_processors() -> int:
 
 
 def cgroup_quotas(groups: str, root: str) -> Iterator[tuple[int, int]]:
-    """The (quota, period) pairs in microseconds of every control group that we are in."""
+    """The (quota, period) pairs in microseconds of every control group that this process is in."""
     for line in read_text(groups).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
@@ -1287,1369 +3020,7 @@ def read_text(path: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# 6. Choice
-# ------------------------------------------------------------------------------------------------
-
-
-class Options(NamedTuple):
-    """How to choose tokens and when to stop. `generate` and `stream` take these as keywords.
-
-    The filters act in the order of the transformers library: logit_bias, repetition_penalty,
-    temperature, top_k, top_p, min_p; one token always remains.
-    """
-
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0 is greedy: always the most probable token
-    top_k: int = 40  # keep the k most probable tokens (Fan et al. 2018); 0 keeps all
-    top_p: float = 1.0  # keep the fewest that hold this much probability (Holtzman et al. 2019)
-    min_p: float = 0.0  # keep those with this fraction of the best one's probability
-    repetition_penalty: float = 1.0  # divides the logits of tokens seen (Keskar et al. 2019)
-    seed: int | None = None  # the same seed, the same text; None takes a fresh one
-    stop: str | Sequence[str] = ()  # texts that end the answer and are not part of it
-    logit_bias: dict[int, float] | None = None  # added to the logits of these tokens
-
-
-def check_options(options: dict[str, Any], vocab_size: int) -> Options:
-    """The options with every value checked."""
-    unknown = [name for name in options if name not in Options._fields]
-    if unknown:
-        known = ", ".join(Options._fields)
-        raise InputError(f"option {unknown[0]}: there is no such option; known are {known}")
-    o: dict[str, Any] = {**Options()._asdict(), **options}
-    if isinstance(o["stop"], str):
-        o["stop"] = (o["stop"],)
-    requirements = {
-        "max_new_tokens": (is_count(o["max_new_tokens"]), "a whole number from 0"),
-        "temperature": (is_between(o["temperature"], 0, 1e6), "a number from 0 to 1e6"),
-        "top_k": (is_count(o["top_k"]), "a whole number from 0 (0: all tokens)"),
-        "top_p": (is_between(o["top_p"], 0, 1) and o["top_p"] > 0, "above 0, at most 1"),
-        "min_p": (is_between(o["min_p"], 0, 1), "a number from 0 to 1"),
-        "repetition_penalty": (
-            is_between(o["repetition_penalty"], 1e-6, 1e6),
-            "a number from 1e-6 to 1e6",
-        ),
-        "seed": (o["seed"] is None or type(o["seed"]) is int, "a whole number or None"),
-        "stop": (are_texts(o["stop"]), "a text or a list of texts, none empty"),
-        "logit_bias": (are_biases(o["logit_bias"], vocab_size), "a dict: token to number, or -inf"),
-    }
-    for name, (condition, expected) in requirements.items():
-        if not condition:
-            raise InputError(f"option {name}: expected {expected}, found {brief(options[name])}")
-    return Options(**o)
-
-
-def is_between(value: object, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def are_texts(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(t, str) and t for t in value)
-
-
-def are_biases(value: object, vocab_size: int) -> bool:
-    return value is None or (
-        isinstance(value, dict)
-        and all(is_token(token, vocab_size) for token in value)
-        and all(is_between(bias, -math.inf, 1e30) for bias in value.values())
-    )
-
-
-class SplitMix64:
-    """The random numbers: 64 bits of state, the same on every machine.
-
-    Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators" (2014).
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.state = seed & 0xFFFFFFFFFFFFFFFF
-
-    def uniform(self) -> float:
-        """A number from 0 to 1, 1 excluded, in steps of 2**-53."""
-        self.state = (self.state + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        z = self.state
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        return ((z ^ (z >> 31)) >> 11) * 2.0**-53
-
-
-EVERY_TOKEN = "option logit_bias: it rules out every token"
-
-
-def adjust(logits: Array, seen: set[int], options: Options) -> Array:
-    """The logits with the bias and the repetition penalty. float32 -> float64 [vocab_size]"""
-    scores = logits.astype(np.float64)
-    for token, bias in (options.logit_bias or {}).items():
-        scores[token] += bias
-    if options.repetition_penalty != 1 and seen:
-        tokens = np.fromiter(seen, np.int64)
-        s, penalty = scores[tokens], options.repetition_penalty
-        scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
-    if scores.max() == -np.inf:
-        raise InputError(EVERY_TOKEN)
-    return scores
-
-
-def candidates(scores: Array, options: Options) -> tuple[Array, Array]:
-    """The tokens that the filters keep and their probabilities, the most probable first."""
-    tokens = np.arange(len(scores))
-    if 0 < options.top_k < len(scores):
-        tokens = np.flatnonzero(scores >= np.partition(scores, -options.top_k)[-options.top_k])
-    tokens = tokens[np.argsort(-scores[tokens], kind="stable")]
-    s = scores[tokens]
-    with np.errstate(over="ignore"):  # a temperature near 0 leaves the best token alone
-        p = softmax((s - s[0]) / options.temperature)
-    if options.top_p < 1:
-        # A token stays if it and all less probable ones together hold more than is to be cut.
-        kept = max(1, int((np.cumsum(p[::-1])[::-1] > 1 - options.top_p).sum()))
-        tokens, p = tokens[:kept], p[:kept]
-    kept = int((p >= options.min_p * p[0]).sum())
-    return tokens[:kept], p[:kept] / p[:kept].sum()
-
-
-def choose(scores: Array, options: Options, uniform: float) -> int:
-    """The next token: the best one, or one drawn with the probabilities that are left."""
-    if options.temperature == 0:
-        return int(scores.argmax())
-    tokens, p = candidates(scores, options)
-    cumulative = np.cumsum(p)
-    drawn = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
-    return int(tokens[min(int(drawn), len(tokens) - 1)])
-
-
-# ------------------------------------------------------------------------------------------------
-# 7. Text
-# ------------------------------------------------------------------------------------------------
-
-
-class StopFilter:
-    """Lets text through up to the first stop text, and holds back only what may begin one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = stops
-        self.held = ""
-        self.stopped = False
-
-    def push(self, piece: str) -> str:
-        """Add a piece; return the text that can no longer be part of a stop text."""
-        text = self.held + piece
-        # The stop text that is complete first counts, the longest of several that end together:
-        # so the answer does not depend on how the text was cut into pieces.
-        found = [
-            (text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text
-        ]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)[1]]
-        keep = max((overlap(text, stop) for stop in self.stops), default=0)
-        self.held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with, short of all of it."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0
-
-
-class Score(NamedTuple):
-    """How well a model predicts a text. Natural logarithms."""
-
-    ids: list[int]
-    logprobs: list[float | None]  # one for each token; None for one that nothing precedes
-    n_bytes: int | None  # of the text in UTF-8; None for a model without a tokenizer
-
-    @property
-    def total(self) -> float:
-        return math.fsum(value for value in self.logprobs if value is not None)
-
-    @property
-    def perplexity(self) -> float:
-        scored = sum(value is not None for value in self.logprobs)
-        try:
-            return math.exp(-self.total / scored) if scored else math.nan
-        except OverflowError:
-            return math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        return -self.total / math.log(2) / self.n_bytes if self.n_bytes else math.nan
-
-
-Event = tuple[Union[int, None], str]  # a new token, and the text that it releases
-
-
-def pieces_of(events: Iterator[Event]) -> Iterator[str]:
-    for _, piece in events:
-        if piece:
-            yield piece
-
-
-def ids_of(events: Iterator[Event]) -> Iterator[int]:
-    for token, _ in events:
-        if token is not None:
-            yield token
-
-
-CLOSED = "session: it or its model is closed; open a new one"
-
-
-class Session:
-    """Tokens, and the keys and values computed for them: one text that grows.
-
-    A session belongs to one caller at a time; several sessions of one model are independent.
-    `finish_reason` says why the last answer ended: "length" (max_new_tokens), "end" (the model
-    chose end-of-text), "stop" (a stop text) or "context" (every position is used); `seed` with
-    which seed it was drawn.
-    """
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.finish_reason: str | None = None
-        self.seed: int | None = None
-        self._tokens: list[int] = []
-        self._n_cached = 0  # of them, how many the cache holds
-        self._logits: Array = None  # after the last token, once they are computed
-        self._cache: Any = model.backend.new_cache()
-        self._lock = threading.Lock()
-        self._change = 0  # counts feeds and rewinds, so that an open stream notices them
-        self._closed = False
-
-    @property
-    def tokens(self) -> list[int]:
-        """All token ids so far, as a new list."""
-        return list(self._tokens)
-
-    @property
-    def logits(self) -> Array:
-        """The logits that follow the last token, float32 [vocab_size], as a new array."""
-        import_numpy()
-        with self._alone():
-            return np.array(self._last_logits())
-
-    def feed(self, prompt: Prompt) -> None:
-        """Append text or token ids and compute them."""
-        tokens = self.model.tokens_of(prompt)
-        with self._alone():
-            self._append(tokens)
-            if tokens:
-                self._last_logits()
-
-    def rewind(self, n: Any) -> None:
-        """Forget the last `n` tokens."""
-        with self._alone():
-            length = len(self._tokens)
-            if not is_count(n) or n > length:
-                raise InputError(f"rewind: expected 0 to {length} tokens, found {brief(n)}")
-            self._truncate(length - n)
-
-    def generate(self, **options: Any) -> str:
-        """The answer to what was fed so far. `options`: see `Options`."""
-        return "".join(self.stream(**options))
-
-    def stream(self, **options: Any) -> Iterator[str]:
-        """The answer piece by piece; no piece ends inside a character or inside a stop text."""
-        return pieces_of(self.events(True, options))
-
-    def stream_ids(self, **options: Any) -> Iterator[int]:
-        """The answer as token ids, those of a stop text included; works without a tokenizer."""
-        return ids_of(self.events(bool(options.get("stop")), options))
-
-    def events(self, text: bool, options: dict[str, Any]) -> Iterator[Event]:
-        """Each new token with the text that it releases; the text's rest comes without a token."""
-        checked = check_options(options, self.model.config.vocab_size)
-        tokenizer = self.model.need_tokenizer() if text else None
-        return self._events(tokenizer, checked)
-
-    def close(self) -> None:
-        """Free the cache. Every other call fails from here on; closing again is allowed."""
-        self._closed = True
-        self._cache = self._logits = None
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Refuse a second caller at the same time: half-computed states are nobody's intention."""
-        if not self._lock.acquire(blocking=False):
-            raise StateError(
-                "session: in use by another thread; give each thread a session of its own"
-            )
-        try:
-            if self._closed or self.model.closed:
-                raise StateError(CLOSED)
-            yield
-        finally:
-            self._lock.release()
-
-    def _append(self, tokens: Sequence[int]) -> None:
-        total, room = len(self._tokens) + len(tokens), self.model.config.n_positions
-        if tokens and total > room:
-            there = f"{len(tokens)} after {len(self._tokens)}" if self._tokens else str(total)
-            text = f"expected at most {room} tokens, the positions of the model, found {there}"
-            raise ContextError(f"context: {text}; shorten the text or rewind the session")
-        if tokens:
-            self._change += 1
-            self._logits = None
-            self._tokens += tokens
-
-    def _truncate(self, n: int) -> None:
-        if n < len(self._tokens):
-            self._change += 1
-            self._logits = None
-            self._n_cached = min(self._n_cached, n)
-            del self._tokens[n:]
-
-    def _is_full(self) -> bool:
-        """Whether the last token is the one that the last position predicted."""
-        return len(self._tokens) > self.model.config.n_positions
-
-    def _last_logits(self) -> Array:
-        """Compute the tokens that the cache lacks, chunk by chunk; the logits after the last."""
-        logits = self._logits
-        if logits is None:
-            if not self._tokens:
-                raise StateError("session: it is empty; feed it a text first")
-            if self._is_full():
-                raise ContextError("context: nothing can follow the last position; rewind first")
-            # At least the last one: its logits may be forgotten where its keys are not.
-            self._n_cached = min(self._n_cached, len(self._tokens) - 1)
-            while self._n_cached < len(self._tokens):
-                logits = self._advance(1)
-            self._logits = logits = logits[0]
-        return logits
-
-    def _open_cache(self) -> Any:
-        cache = self._cache
-        if cache is None:  # closed by another thread just now
-            raise StateError(CLOSED)
-        return cache
-
-    def _advance(self, n_logits: int, targets: Sequence[int] | None = None) -> Array:
-        """Compute the next chunk; the logits after its last tokens, or the targets' logprobs."""
-        backend, cache = self.model.backend, self._open_cache()
-        start = self._n_cached
-        tokens = self._tokens[start : start + backend.chunk]
-        stop = start + len(tokens)
-        try:
-            if targets is None:
-                result = backend.forward(cache, tokens, start, min(n_logits, len(tokens)))
-            else:
-                result = backend.logprobs(cache, tokens, start, targets[start:stop])
-        except NumericError as error:
-            raise NumericError(
-                f"{self.model.path}: {error} by position {stop - 1}: "
-                "the weights are damaged (`info --verify` checks a file) or out of float32's range"
-            ) from None
-        self._n_cached = stop
-        return result
-
-    def _events(self, tokenizer: Tokenizer | None, options: Options) -> Iterator[Event]:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        stops = StopFilter(options.stop)
-        if tokenizer:  # the bytes of a character that the text so far ends inside of
-            decoder.decode(b"".join(map(tokenizer.token_bytes, self._tokens[-4:])))
-        ended = True  # nothing of this answer is in the decoder yet
-        for token in self._choices(options):
-            ended = False
-            piece = stops.push(decoder.decode(tokenizer.token_bytes(token))) if tokenizer else ""
-            if stops.stopped:
-                self.finish_reason = "stop"
-            yield token, piece
-            if stops.stopped:
-                return
-        piece = "" if ended else stops.push(decoder.decode(b"", final=True))
-        if stops.stopped:
-            self.finish_reason = "stop"
-        yield None, piece + stops.held
-
-    def _choices(self, options: Options) -> Iterator[int]:
-        """Choose a token, append it, and so on: the loop that makes a language model talk."""
-        seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
-        random = SplitMix64(seed)
-        with self._alone():
-            self.seed, self.finish_reason = seed, None
-            self._begin()
-            self._change += 1  # a stream that is open elsewhere ends here
-            seen, change = set(self._tokens), self._change
-        for _ in range(options.max_new_tokens):
-            with self._alone():
-                if self._change != change:
-                    raise StateError("session: it was changed while a stream was open")
-                if self._is_full():
-                    self.finish_reason = "context"
-                    return
-                logits = self._last_logits()
-                cache = self._open_cache()
-                uniform = random.uniform()
-                token = self.model.backend.choose(cache, logits, seen, options, uniform)
-                if token == self.model.config.eos_token_id:
-                    self.finish_reason = "end"
-                    return
-                self._logits = None
-                self._tokens.append(token)
-                seen.add(token)
-            yield token
-        self.finish_reason = "length"
-
-    def _begin(self) -> None:
-        """An empty text starts from end-of-text, which is how documents began in training."""
-        if not self._tokens:
-            start = self.model.start_token
-            if start is None:
-                raise InputError(
-                    "prompt: it is empty, and the model has no end-of-text to start from"
-                )
-            self._append([start])
-
-
-class Model:
-    """A mapped .tg2 file, its tokenizer and its backend. Shared by any number of sessions."""
-
-    def __init__(self, path: Path, backend: Any, threads: Any) -> None:
-        if backend is not None and backend not in BACKENDS:
-            raise InputError(f"backend: expected None or one of {BACKENDS}, found {brief(backend)}")
-        if threads is not None and not (is_count(threads) and 1 <= threads <= MAX_THREADS):
-            expected = f"None or a number from 1 to {MAX_THREADS}"
-            raise InputError(f"threads: expected {expected}, found {brief(threads)}")
-        if not isinstance(path, (str, os.PathLike)):
-            raise InputError(f"path: expected the path of a .tg2 file, found {brief(path)}")
-        if sys.byteorder != "little":
-            raise TinyGPT2Error("a .tg2 file is little-endian, and this machine is not")
-        self.file = TensorFile(path)
-        try:
-            self.path = self.file.path
-            self.config = read_config(self.file)
-            has_tokenizer = self.config.n_merges is not None
-            self.tokenizer = Tokenizer(self.file, self.config) if has_tokenizer else None
-            self._backend: Backend | None = new_backend(self.file, self.config, backend, threads)
-        except TinyGPT2Error:
-            self.file.close()
-            raise
-        self.closed = False
-
-    @property
-    def start_token(self) -> int | None:
-        """The token that precedes a text: end-of-text, or what the model has in its place."""
-        config = self.config
-        return config.bos_token_id if config.eos_token_id is None else config.eos_token_id
-
-    @property
-    def backend(self) -> Backend:
-        """What computes."""
-        backend = self._backend
-        if backend is None:
-            raise StateError("model: it is closed; load it again")
-        return backend
-
-    def need_tokenizer(self) -> Tokenizer:
-        tokenizer = self.tokenizer  # before `closed` is looked at: another thread may be closing
-        if self.closed:
-            raise StateError("model: it is closed; load it again")
-        if tokenizer is None:
-            raise InputError(
-                f"{self.path}: no tokenizer inside; use token ids (generate_ids, --ids)"
-            )
-        return tokenizer
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text; the names of special tokens count as such only if `special`."""
-        if not isinstance(text, str):
-            raise InputError(f"text: expected a string, found {brief(text)}")
-        return self.need_tokenizer().encode(text, special)
-
-    def decode(self, ids: Iterable[Any]) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        return self.need_tokenizer().decode(self.check_ids(ids))
-
-    def tokens_of(self, prompt: Prompt) -> list[int]:
-        """Text or ids as ids."""
-        return self.encode(prompt) if isinstance(prompt, str) else self.check_ids(prompt)
-
-    def check_ids(self, ids: Iterable[Any]) -> list[int]:
-        """Ids as a list of int (NumPy's integers are welcome), each in the vocabulary."""
-        if isinstance(ids, (bytes, bytearray, memoryview)) or not hasattr(ids, "__iter__"):
-            raise InputError(f"prompt: expected text or token ids, found {brief(ids)}")
-        tokens = []
-        size = self.config.vocab_size
-        for position, value in enumerate(ids):
-            token = as_index(value)
-            if token is None or not is_token(token, size):
-                found = f"{brief(value)} at position {position}"
-                raise InputError(
-                    f"token ids: expected whole numbers from 0 to {size - 1}, found {found}"
-                )
-            tokens.append(token)
-        return tokens
-
-    def session(self) -> Session:
-        """A new, empty session."""
-        return Session(self)
-
-    def generate(self, prompt: Prompt, **options: Any) -> str:
-        """The text that follows `prompt` (text or ids), without it. `options`: see `Options`."""
-        return "".join(self.stream(prompt, **options))
-
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
-        """The same in pieces, as soon as each is certain."""
-        return self._once(prompt, lambda session: session.stream(**options))
-
-    def generate_ids(self, prompt: Prompt, **options: Any) -> list[int]:
-        """The token ids that follow `prompt`; the way to run a model without a tokenizer."""
-        return list(self._once(prompt, lambda session: session.stream_ids(**options)))
-
-    def _once(self, prompt: Prompt, answer: Callable[[Session], Iterator[Any]]) -> Iterator[Any]:
-        """A session used once. Wrong arguments are an error now, not at the first item."""
-        session = self.session()
-        tokens = self.tokens_of(prompt)
-        pieces = answer(session)
-
-        def run() -> Iterator[Any]:
-            with session:
-                session.feed(tokens)
-                yield from pieces
-
-        return run()
-
-    def logits(self, prompt: Prompt) -> Array:
-        """The logits after every token, float32 [len(ids), vocab_size]."""
-        import_numpy()
-        tokens = self.tokens_of(prompt)
-        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
-        with self.session() as session, session._alone():
-            session._append(tokens)
-            while session._n_cached < len(tokens):
-                start = session._n_cached
-                rows = session._advance(len(tokens))
-                logits[start : session._n_cached] = rows
-        return logits
-
-    def score(self, prompt: Prompt, progress: Progress | None = None) -> Score:
-        """The log-probability of every token of a text of any length.
-
-        The text follows end-of-text, as documents do in training; without such a token its first
-        token has no score. A text longer than the context is read in windows that overlap by half,
-        and every token is scored once, with at least half a context before it. Memory does not
-        grow with the text.
-        """
-        ids = self.tokens_of(prompt)
-        start = self.start_token
-        tokens = ids if start is None else [start, *ids]
-        logprobs: list[float | None] = [None] * min(1, len(ids)) if start is None else []
-        room = self.config.n_positions
-        scored = 1  # how many of `tokens` are done
-        while scored < len(tokens):
-            begin = 0 if scored == 1 else max(0, scored - max(1, room // 2))
-            end = min(len(tokens), begin + room + 1)
-            logprobs += self._window_logprobs(tokens[begin:end])[scored - begin - 1 :]
-            scored = end
-            if progress:
-                progress("scoring", scored, len(tokens))
-        return Score(ids, logprobs, self._byte_count(prompt, ids))
-
-    def _window_logprobs(self, tokens: list[int]) -> list[float]:
-        """The log-probability of each token but the first, given those before it."""
-        logprobs: list[float] = []
-        with self.session() as session, session._alone():
-            session._append(tokens[:-1])
-            while len(logprobs) < len(tokens) - 1:
-                logprobs += session._advance(0, tokens[1:])
-        return logprobs
-
-    def _byte_count(self, prompt: Prompt, ids: list[int]) -> int | None:
-        if isinstance(prompt, str):
-            return len(mend_surrogates(prompt).encode("utf-8"))
-        return sum(len(self.tokenizer.token_bytes(i)) for i in ids) if self.tokenizer else None
-
-    def close(self) -> None:
-        """Release the file. Sessions of this model fail from here on; closing again is allowed."""
-        if not self.closed:
-            self.closed = True
-            self.tokenizer = self._backend = None  # who computes now holds what it needs
-            self.file.close()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def load(path: Path | None = None, *, backend: Any = None, threads: Any = None) -> Model:
-    """Open a .tg2 file, or the default model if none is named.
-
-    Takes milliseconds: the file is mapped, not read. Raises `FormatError` if it is not a good one.
-    `backend` (str) is what computes: "c" (the kernels that build.py makes), "numpy", or None for
-    the fastest there is. `threads` (int) is how many processors it may use, $TINYGPT2_THREADS or
-    all if None; NumPy takes it only if this call is what imports NumPy.
-    """
-    return Model(default_model() if path is None else path, backend, threads)
-
-
-def default_model() -> str:
-    """The path of the model that comes with tinygpt2, in a clone or installed."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    places = [os.path.join(here, folder, "tales.tg2") for folder in ("vendor", "tinygpt2_data")]
-    for place in places:
-        if os.path.exists(place):
-            return place
-    advice = "name a .tg2 file, or put the project's vendor/tales.tg2 there"
-    raise FormatError(places[0], "default model", "a file", "none", advice)
-
-
-# ------------------------------------------------------------------------------------------------
-# 8. Conversion
-# ------------------------------------------------------------------------------------------------
-
-# What transformers' GPT2Config assumes where config.json is silent.
-GPT2_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 50257,
-    "n_positions": 1024,
-    "n_embd": 768,
-    "n_layer": 12,
-    "n_head": 12,
-    "n_inner": None,
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-    "bos_token_id": 50256,
-    "eos_token_id": 50256,
-}
-SAME_ACTIVATION = {
-    "gelu_pytorch_tanh": "gelu_new",
-    "gelu_fast": "gelu_new",
-    "gelu_python": "gelu",
-}
-END_OF_TEXT = "<|endoftext|>"
-SLAB = 1 << 22  # bytes converted at a time, about
-
-
-Merges = dict[tuple[int, int], tuple[int, int]]  # (left, right) -> (rank, result)
-
-
-class Vocabulary(NamedTuple):
-    """A tokenizer as read from its files, before it is laid out for bisection."""
-
-    tokens: dict[int, bytes]
-    merges: Merges
-    special: dict[str, int]
-    add_prefix_space: bool
-
-
-def convert(source: Path, out: Path, progress: Progress | None = None) -> None:
-    """Convert a GPT-2 checkpoint to a .tg2 file.
-
-    `source` is a folder as transformers writes it (config.json, model.safetensors or shards with
-    an index, vocab.json with merges.txt or tokenizer.json), or a .safetensors file beside its
-    config.json. Tensors pass through one slab at a time, and `out` appears whole or not at all.
-    Raises `FormatError` naming what is missing, misshapen or not supported.
-    """
-    import_numpy()
-    folder, files = find_checkpoint(os.fsdecode(source))
-    vocabulary = read_vocabulary(folder)
-    config = checkpoint_config(os.path.join(folder, "config.json"), vocabulary)
-    with contextlib.ExitStack() as stack:
-        tensors = Checkpoint(
-            [stack.enter_context(contextlib.closing(TensorFile(f))) for f in files]
-        )
-        tensors.refuse_unknown(config)
-        write_tg2(os.fsdecode(out), config, checkpoint_data(config, tensors, vocabulary), progress)
-
-
-def find_checkpoint(source: str) -> tuple[str, list[str]]:
-    """The folder of a checkpoint and its .safetensors files."""
-    if os.path.isfile(source):
-        return os.path.dirname(source) or ".", [source]
-    single = os.path.join(source, "model.safetensors")
-    index = single + ".index.json"
-    if os.path.exists(single):
-        return source, [single]
-    if os.path.exists(index):
-        shards = read_json(index).get("weight_map")
-        if not is_text_map(shards) or not shards:
-            raise FormatError(index, "weight_map", "an object of file names", brief(shards))
-        for shard in shards.values():
-            if os.path.basename(shard) != shard or shard in ("", ".", ".."):
-                raise FormatError(index, "weight_map", "names of files beside it", brief(shard))
-        return source, [os.path.join(source, name) for name in sorted(set(shards.values()))]
-    advice = "name the folder that holds it"
-    if os.path.exists(os.path.join(source, "pytorch_model.bin")):
-        advice = (
-            "pickled weights run code when they are read; save them with safe_serialization=True"
-        )
-    raise FormatError(single, "checkpoint", "model.safetensors or its index", "neither", advice)
-
-
-def read_json(path: str) -> dict[str, Any]:
-    file = map_file(path)
-    with contextlib.closing(file):
-        if len(file) > MAX_HEADER:
-            raise FormatError(path, "size", f"at most {MAX_HEADER} bytes", str(len(file)))
-        return parse_json_object(path, "content", file[:])
-
-
-def checkpoint_config(path: str, vocabulary: Vocabulary | None) -> Config:
-    """Read config.json, filled up with GPT-2's defaults; refuse what is not a GPT-2."""
-    given = read_json(path)
-    if given.get("model_type", "gpt2") != "gpt2":
-        advice = "only GPT-2-shaped models are supported"
-        raise FormatError(path, "model_type", "'gpt2'", brief(given["model_type"]), advice)
-    if given.get("add_cross_attention"):
-        raise FormatError(
-            path, "add_cross_attention", "false", "true", "encoders are not supported"
-        )
-    values = {name: given.get(name, default) for name, default in GPT2_DEFAULTS.items()}
-    if values["n_inner"] is None and is_count(values["n_embd"]):
-        values["n_inner"] = 4 * values["n_embd"]
-    activation = values["activation_function"]
-    values["activation_function"] = SAME_ACTIVATION.get(str(activation), activation)
-    if is_count(values["layer_norm_epsilon"]) and values["layer_norm_epsilon"] == 0:
-        values["layer_norm_epsilon"] = 0.0
-    for name in ("bos_token_id", "eos_token_id"):  # often GPT-2's own, left over in smaller models
-        if (
-            is_count(values[name])
-            and is_count(values["vocab_size"])
-            and values[name] >= values["vocab_size"]
-        ):
-            values[name] = None
-    values.update(vocabulary_config(vocabulary))
-    size, last = values["vocab_size"], max(vocabulary.tokens, default=0) if vocabulary else 0
-    if vocabulary and is_count(size) and 0 < size <= last:
-        advice = "the tokenizer and config.json do not belong together"
-        raise FormatError(
-            path, "vocab_size", f"at least {last + 1}, as the tokenizer has", str(size), advice
-        )
-    return check_config(path, values)
-
-
-def vocabulary_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
-    return {
-        "n_merges": len(vocabulary.merges) if vocabulary else None,
-        "n_token_bytes": sum(map(len, vocabulary.tokens.values())) if vocabulary else 0,
-        "special_tokens": vocabulary.special if vocabulary else {},
-        "add_prefix_space": vocabulary.add_prefix_space if vocabulary else False,
-        "pre_tokenizer": PRE_TOKENIZER,
-    }
-
-
-class Checkpoint:
-    """The tensors of a checkpoint, from one file or several, by their names without prefix."""
-
-    def __init__(self, files: list[TensorFile]) -> None:
-        self.path = files[0].path
-        self.tensors: dict[str, tuple[TensorFile, str]] = {}
-        for file in files:
-            for name in file.tensors:
-                short = name[len("transformer.") :] if name.startswith("transformer.") else name
-                if short in self.tensors:
-                    raise FormatError(
-                        file.path, f"tensor {brief(name)}", "each once", "a second one"
-                    )
-                self.tensors[short] = (file, name)
-
-    def refuse_unknown(self, config: Config) -> None:
-        """A block with parts that GPT-2 does not have would run, and be wrong."""
-        known = layout(config)
-        for short, (file, name) in self.tensors.items():
-            is_mask = short.endswith((".attn.bias", ".attn.masked_bias"))
-            is_part = short.startswith(("h.", "wte.", "wpe.", "ln_f.", "lm_head."))
-            is_tied = short == "lm_head.weight"  # the same numbers once more
-            if is_part and short not in known and not (is_mask or is_tied):
-                expected = f"the {config.n_layer} blocks of a GPT-2"
-                advice = "adapters and other architectures are not supported; merge or remove them"
-                raise FormatError(
-                    file.path, f"tensor {brief(name)}", expected, "an unknown part", advice
-                )
-
-    def matrix(self, name: str, shape: tuple[int, ...]) -> tuple[str, Array] | None:
-        """A tensor's dtype and numbers; None for a bias that is not there, which means zeros."""
-        if name not in self.tensors:
-            if name.endswith(".bias"):
-                return None
-            raise FormatError(
-                self.path, f"tensor {name}", f"a tensor {list(shape)}", "no such tensor"
-            )
-        file, full = self.tensors[name]
-        tensor = file.tensors[full]
-        if tensor.dtype not in ("F32", "F16", "BF16"):
-            raise FormatError(file.path, f"tensor {full}", "F32, F16 or BF16", tensor.dtype)
-        if tensor.shape != shape:
-            found = brief(list(tensor.shape))
-            advice = "the weights and config.json do not belong together"
-            raise FormatError(file.path, f"tensor {full}", f"shape {list(shape)}", found, advice)
-        return tensor.dtype, file.array(full)
-
-
-def checkpoint_data(
-    config: Config, tensors: Checkpoint, vocabulary: Vocabulary | None
-) -> Iterator[bytes]:
-    """The data section of the .tg2 file, in the order of `layout`, slab by slab."""
-    for name, (dtype, shape) in layout(config).items():
-        if dtype != "F32":
-            break  # the vocabulary, which comes last
-        if len(shape) == 3:
-            yield from panel_slabs(*stored_matrix(config, tensors, name, shape))
-        else:
-            rows = (shape[0],) if name == "wpe.weight" else ()
-            columns = vector_length(config, name)
-            yield from padded_rows(tensors.matrix(name, (*rows, columns)), shape)
-    if vocabulary:
-        yield from vocabulary_tables(config, vocabulary).values()
-
-
-def stored_matrix(
-    config: Config, tensors: Checkpoint, name: str, shape: tuple[int, ...]
-) -> tuple[str, Array]:
-    """A matrix as [inputs, outputs]. Blocks store it so; the embedding and the head transposed."""
-    inputs = shape[1]
-    if not name.startswith("h."):
-        dtype, array = tensors.matrix(name, (config.vocab_size, inputs)) or ("F32", np.empty(0))
-        return dtype, array.T
-    outputs = vector_length(config, name.replace(".weight", ".bias"))
-    return tensors.matrix(name, (inputs, outputs)) or ("F32", np.empty(0))
-
-
-def to_float32(dtype: str, array: Array) -> Array:
-    if dtype == "BF16":  # the upper half of a float32
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def panel_slabs(dtype: str, matrix: Array) -> Iterator[bytes]:
-    """A matrix [k, n] as panels [ceil(n/16), k, 16], some panels at a time."""
-    k, n = matrix.shape
-    step = PANEL * max(1, SLAB // (4 * k * PANEL))
-    for start in range(0, n, step):
-        part = to_float32(dtype, matrix[:, start : start + step])
-        slab = np.zeros((k, round_up(part.shape[1], PANEL)), np.float32)
-        slab[:, : part.shape[1]] = part
-        yield slab.reshape(k, -1, PANEL).transpose(1, 0, 2).tobytes()  # [panels, k, 16]
-
-
-def padded_rows(source: tuple[str, Array] | None, shape: tuple[int, ...]) -> Iterator[bytes]:
-    """A vector, or a matrix row by row in slabs, with zeros after the end of each row."""
-    width = shape[-1]
-    if source is None:
-        yield bytes(4 * math.prod(shape))
-        return
-    rows = source[1].reshape(-1, source[1].shape[-1])  # [rows, columns]
-    step = max(1, SLAB // (4 * width))
-    for start in range(0, len(rows), step):
-        part = to_float32(source[0], rows[start : start + step])
-        slab = np.zeros((len(part), width), np.float32)
-        slab[:, : part.shape[1]] = part
-        yield slab.tobytes()
-
-
-def write_tg2(path: str, config: Config, data: Iterable[bytes], progress: Progress | None) -> None:
-    """Write the file beside its place, sync it, check it and move it there: all or nothing."""
-    if "\0" in path:
-        raise TinyGPT2Error(f"{path!a}: cannot write: a path with a null byte")
-    if os.path.isdir(path):
-        raise TinyGPT2Error(f"{path}: cannot write: Is a directory")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise TinyGPT2Error(f"{path}: cannot write: it is there and not a regular file")
-    temporary = f"{path}.{os.getpid()}-{os.urandom(3).hex()}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            header = tg2_header(config, 0)
-            total = len(header) + sum(byte_size(*entry) for entry in layout(config).values())
-            file.write(header)
-            crc = 0
-            for slab in data:
-                file.write(slab)
-                crc = zlib.crc32(slab, crc)
-                if progress:
-                    progress("converting", file.tell(), total)
-            file.seek(0)
-            file.write(tg2_header(config, crc))
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.closing(TensorFile(temporary)) as written:
-            read_config(written)
-        os.replace(temporary, path)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        advice = "nothing was changed; free some space or choose another place"
-        raise TinyGPT2Error(f"{path}: cannot write: {reason} ({advice})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def tg2_header(config: Config, crc: int) -> bytes:
-    """The header, padded so that the data starts on a cache line. Its length depends on config."""
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "config": json.dumps(config._asdict()),
-            "crc32": f"{crc:08x}",
-        }
-    }
-    offset = 0
-    for name, (dtype, shape) in layout(config).items():
-        stop = offset + byte_size(dtype, shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
-        offset = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text = text.ljust(round_up(8 + len(text), ALIGNMENT) - 8)
-    return struct.pack("<Q", len(text)) + text
-
-
-def vocabulary_tables(config: Config, vocabulary: Vocabulary) -> dict[str, bytes]:
-    """The tensors that `Tokenizer` reads, in the order of the layout, padded to their places."""
-    words = [vocabulary.tokens.get(token, b"") for token in range(config.vocab_size)]
-    offsets = [0]
-    for word in words:
-        offsets.append(offsets[-1] + len(word))
-    byte_ids = {word: token for token, word in reversed(list(enumerate(words))) if len(word) == 1}
-    merges = sorted(vocabulary.merges.items())
-    tables = {
-        "vocab.bytes": b"".join(words),
-        "vocab.offsets": struct.pack(f"<{len(offsets)}I", *offsets),
-        "vocab.byte_ids": struct.pack(
-            "<256I", *(byte_ids.get(bytes([byte]), NO_TOKEN) for byte in range(256))
-        ),
-        "merges.pairs": b"".join(struct.pack("<Q", a << 32 | b) for (a, b), _ in merges),
-        "merges.ranks": b"".join(struct.pack("<I", rank) for _, (rank, _) in merges),
-        "merges.results": b"".join(struct.pack("<I", result) for _, (_, result) in merges),
-    }
-    places = layout(config)
-    return {name: table.ljust(byte_size(*places[name]), b"\0") for name, table in tables.items()}
-
-
-def read_vocabulary(folder: str) -> Vocabulary | None:
-    """The byte-level BPE in a checkpoint's folder, or None if it has no tokenizer at all."""
-    tokenizer, vocab, merges = (
-        os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json", "merges.txt")
-    )
-    if os.path.exists(tokenizer):
-        return read_tokenizer_json(tokenizer)
-    if os.path.exists(vocab) and os.path.exists(merges):
-        return read_vocabulary_files(folder, vocab, merges)
-    for name in ("vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "vocab.txt"):
-        path = os.path.join(folder, name)
-        if os.path.exists(path):
-            expected = "a byte-level BPE (vocab.json with merges.txt, or tokenizer.json)"
-            advice = "complete it, or take the file away to convert a model that runs on ids"
-            raise FormatError(path, "tokenizer", expected, f"only {name}", advice)
-    return None
-
-
-def read_vocabulary_files(folder: str, vocab: str, merges: str) -> Vocabulary:
-    """The files of GPT-2 itself and of transformers' slow tokenizers."""
-    ids = checked_ids(vocab, read_json(vocab))
-    ranks = number_merges(merges, ids, merge_lines(merges))
-    path = os.path.join(folder, "tokenizer_config.json")
-    options = optional_json(path)
-    kind = options.get("tokenizer_class", "GPT2Tokenizer")
-    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-        raise FormatError(path, "tokenizer_class", "GPT2Tokenizer", brief(kind))
-    prefix = options.get("add_prefix_space") is True
-    return build_vocabulary(vocab, ids, ranks, added_tokens(folder), prefix)
-
-
-def optional_json(path: str) -> dict[str, Any]:
-    return read_json(path) if os.path.exists(path) else {}
-
-
-def checked_ids(path: str, values: dict[str, Any]) -> dict[str, int]:
-    """Texts with token ids, every id checked."""
-    for text, token in values.items():
-        if not is_token(token, SIZE_LIMITS["vocab_size"]):
-            raise FormatError(path, f"token {brief(text)}", "an id", brief(token))
-    return values
-
-
-def text_of(entry: dict[str, Any]) -> str:
-    """The text of an added token."""
-    if not isinstance(entry["content"], str):
-        raise TypeError
-    return str(entry["content"])
-
-
-def added_tokens(folder: str) -> dict[str, int]:
-    """Tokens beside the vocabulary, from the two files that have been used for them."""
-    older = os.path.join(folder, "added_tokens.json")
-    path = os.path.join(folder, "tokenizer_config.json")
-    decoder = optional_json(path).get("added_tokens_decoder", {})
-    with contextlib.suppress(TypeError, ValueError, KeyError, AttributeError):
-        newer = {text_of(entry): int(key) for key, entry in decoder.items()}
-        return {**checked_ids(older, optional_json(older)), **checked_ids(path, newer)}
-    raise FormatError(path, "added_tokens_decoder", "ids with contents", brief(decoder))
-
-
-def merge_lines(path: str) -> list[str]:
-    with contextlib.closing(map_file(path)) as file:
-        try:
-            lines = file[:].decode("utf-8").replace("\r\n", "\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise FormatError(path, "content", "UTF-8", str(error)) from None
-    return [line for line in lines if line and not line.startswith("#version")]
-
-
-def read_tokenizer_json(path: str) -> Vocabulary:
-    """The one file of transformers' fast tokenizers; refuse all but GPT-2's kind."""
-    data = read_json(path)
-    model = data.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
-        found = brief(model.get("type") if isinstance(model, dict) else model)
-        raise FormatError(path, "model type", "BPE", found, "only byte-level BPE is supported")
-    cutter = data.get("pre_tokenizer") or {}
-    steps = cutter.get("pretokenizers") if isinstance(cutter, dict) else None
-    if isinstance(steps, list) and len(steps) == 1:
-        cutter = steps[0]
-    if (
-        not isinstance(cutter, dict)
-        or cutter.get("type") != "ByteLevel"
-        or not cutter.get("use_regex", True)
-    ):
-        raise FormatError(path, "pre_tokenizer", "ByteLevel with GPT-2's pattern", brief(cutter))
-    for name, value in [("normalizer", data.get("normalizer")), *model.items()]:
-        if name not in ("type", "vocab", "merges", "unk_token", "fuse_unk") and value:
-            raise FormatError(
-                path, name, "none", brief(value), "GPT-2's tokenizer has no such step"
-            )
-    try:
-        added = {text_of(entry): entry["id"] for entry in data.get("added_tokens") or ()}
-        lines = [line if isinstance(line, str) else " ".join(line) for line in model["merges"]]
-    except (TypeError, KeyError):
-        found = "entries of another form"
-        raise FormatError(path, "content", "added_tokens and merges", found) from None
-    if not isinstance(model.get("vocab"), dict):
-        raise FormatError(path, "vocab", "an object of ids", brief(model.get("vocab")))
-    ids, prefix = checked_ids(path, model["vocab"]), cutter.get("add_prefix_space") is True
-    ranks = number_merges(path, ids, lines)
-    return build_vocabulary(path, ids, ranks, checked_ids(path, added), prefix)
-
-
-def number_merges(path: str, ids: dict[str, int], lines: list[str]) -> Merges:
-    """Lines of two tokens, the most important first, as ids."""
-    merges: Merges = {}
-    for rank, line in enumerate(lines):
-        left, _, right = line.partition(" ")
-        if not {left, right, left + right} <= ids.keys():
-            expected = "two tokens that make a third"
-            advice = "the merges and the vocabulary do not belong together"
-            raise FormatError(path, f"merge {rank}", expected, brief(line), advice)
-        merges[ids[left], ids[right]] = (rank, ids[left + right])
-    return merges
-
-
-def build_vocabulary(
-    path: str, ids: dict[str, int], merges: Merges, special: dict[str, int], prefix: bool
-) -> Vocabulary:
-    """Turn the letters of the vocabulary's file into the bytes that they stand for."""
-    if END_OF_TEXT in ids:
-        special = {END_OF_TEXT: ids[END_OF_TEXT], **special}
-    merged = {token for pair, (_, result) in merges.items() for token in (*pair, result)}
-    alphabet = byte_alphabet()
-    tokens = {token: text.encode("utf-8", "replace") for text, token in special.items()}
-    for text, token in ids.items():
-        if text in special:
-            continue
-        if token in tokens:
-            raise FormatError(path, f"token {brief(text)}", "an id of its own", str(token))
-        if set(text) <= alphabet.keys():
-            tokens[token] = bytes(alphabet[letter] for letter in text)
-        elif token in merged:
-            raise FormatError(path, f"token {brief(text)}", "letters of byte-level BPE", "others")
-        else:
-            tokens[token] = text.encode("utf-8", "replace")
-    return Vocabulary(tokens, merges, special, prefix)
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The letters by which GPT-2's files write bytes: a visible Latin-1 character stands for
-    itself, and the other bytes, in order, for the characters from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    letters = {chr(byte): byte for byte in visible}
-    letters.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
-    return letters
-
-
-# The hub's files. Each request first asks (HEAD) for a file's size and hash, then fetches what is
-# missing of it; a download that broke off goes on where it ended.
-
-HUB = "https://huggingface.co"
-ATTEMPTS, PAUSE, TIMEOUT = 5, 0.4, 30  # tries; seconds before the second; seconds of silence
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-)
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class RemoteFile(NamedTuple):
-    url: str
-    size: int | None
-    tag: str  # sha256 of the content, or its git hash, or whatever else the server calls it
-
-
-def download(
-    name: str, out: Path, revision: str = "main", progress: Progress | None = None
-) -> None:
-    """Fetch a checkpoint from the Hugging Face hub and convert it to a .tg2 file.
-
-    Files in the hub's own cache are used from there. HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE,
-    HF_HOME and HF_HUB_CACHE are honoured. A broken download is kept beside `out` and resumed by
-    the next call. Raises `DownloadError`, or `FormatError` if what came is not a GPT-2.
-    """
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) or ".." in name:
-        raise InputError(f"model name: expected 'gpt2' or 'owner/name', found {brief(name)}")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", revision, re.ASCII) or ".." in revision:
-        raise InputError(f"revision: expected a branch, tag or commit, found {brief(revision)}")
-    if not re.fullmatch("[!-~]*", os.environ.get("HF_TOKEN", "").strip()):
-        raise DownloadError("HF_TOKEN: expected letters, digits and signs, found others")
-    cached = cached_snapshot(name, revision)
-    if cached:
-        convert(cached, out, progress)
-        return
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        advice = "unset it, or fill the cache first"
-        raise DownloadError(
-            f"{name}: HF_HUB_OFFLINE is set and it is not in the hub cache ({advice})"
-        )
-    label = f"{name}@{revision}".replace("/", "--")
-    folder = f"{os.fsdecode(out)}.{label}.download"
-    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    base = f"{endpoint}/{name}/resolve/{revision.replace('/', '%2F')}/"
-    try:
-        os.makedirs(folder, exist_ok=True)
-        fetched = fetch_checkpoint(base, folder, progress)
-    except OSError as error:
-        advice = f"what arrived is kept in {folder}; mend this and run the same again"
-        raise DownloadError(f"{name}: {error.strerror or error} ({advice})") from None
-    convert(folder, out, progress)
-    with contextlib.suppress(OSError):
-        for file in fetched:
-            os.unlink(os.path.join(folder, file))
-        os.rmdir(folder)
-
-
-def cached_snapshot(name: str, revision: str) -> str | None:
-    """The folder of a model in the hub's cache, if the model is there and whole."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    for owner in (name, "openai-community/" + name):  # where the hub moved the first models
-        repository = os.path.join(cache, "models--" + owner.replace("/", "--"))
-        commit = revision
-        reference = os.path.join(repository, "refs", revision)
-        with contextlib.suppress(OSError, ValueError), open(reference, encoding="utf-8") as file:
-            commit = file.read().strip()
-        folder = os.path.join(repository, "snapshots", commit)
-        if is_complete(folder):
-            return folder
-    return None
-
-
-def is_complete(folder: str) -> bool:
-    """Whether a folder holds all files that a conversion needs; a half-fetched one does not."""
-
-    def has(name: str) -> bool:
-        return os.path.exists(os.path.join(folder, name))
-
-    has_tokenizer = has("tokenizer.json") or (has("vocab.json") and has("merges.txt"))
-    if not has("config.json") or not has_tokenizer:
-        return False
-    with contextlib.suppress(FormatError):
-        return all(map(os.path.exists, find_checkpoint(folder)[1]))
-    return False
-
-
-def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> list[str]:
-    """Fetch what `convert` needs: the tokenizer, and the weights in one file or in shards."""
-    import urllib.parse
-
-    fetched: list[str] = []
-
-    def fetch(name: str, optional: bool = False) -> bool:
-        url = base + urllib.parse.quote(name)
-        found = fetch_file(url, os.path.join(folder, name), optional, progress)
-        if found:
-            fetched.append(name)
-        return found
-
-    fetch("config.json")
-    checkpoint_config(os.path.join(folder, "config.json"), None)  # before the weights are fetched
-    for name in TOKENIZER_FILES:
-        fetch(name, optional=True)
-    if not fetch(WEIGHTS, optional=True):
-        fetch(WEIGHTS_INDEX)
-        for shard in find_checkpoint(folder)[1]:
-            fetch(os.path.basename(shard))
-    return fetched
-
-
-def fetch_file(url: str, path: str, optional: bool, progress: Progress | None) -> bool:
-    """Fetch one file and check its size and hash; False if it is optional and not there."""
-    size: int | None = None
-    for attempt in range(ATTEMPTS):
-        time.sleep(PAUSE * (2**attempt - 1))
-        try:
-            remote = ask(url)
-            size = remote.size
-            if os.path.exists(path) and matches(remote, path):  # from an interrupted call
-                return True
-            part = f"{path}.{re.sub('[^0-9A-Za-z]', '', remote.tag)[:64]}.part"
-            transfer(remote, part, progress)
-            if not matches(remote, part):
-                os.unlink(part)
-                advice = "what came was deleted; try again"
-                raise DownloadError(
-                    f"{url}: expected the hash {remote.tag}, found another ({advice})"
-                )
-            os.replace(part, path)
-            return True
-        except ConnectionError as error:
-            failure = error
-        except FileNotFoundError:
-            if optional:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)  # of another revision
-                return False
-            advice = "check the name; a private model needs HF_TOKEN"
-            raise DownloadError(f"{url}: there is no such file ({advice})") from None
-    kept = f"{kept_bytes(path)} of {size or 'unknown'} bytes are here"
-    advice = "run the same again to go on from there"
-    raise DownloadError(f"{url}: {failure} after {ATTEMPTS} attempts; {kept} ({advice})")
-
-
-def kept_bytes(path: str) -> int:
-    """How much of a file an unfinished download has left."""
-    folder, name = os.path.split(path)
-    parts = [e for e in os.listdir(folder) if e.startswith(name + ".") and e.endswith(".part")]
-    return max((os.path.getsize(os.path.join(folder, part)) for part in parts), default=0)
-
-
-@contextlib.contextmanager
-def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
-    """Open a URL, from a byte offset on.
-
-    The token goes to the host that it is for and to no other. Errors that a second try may mend
-    are ConnectionError, a missing file is FileNotFoundError, all others are DownloadError.
-    """
-    import http.client
-    import socket  # its `timeout` is TimeoutError only from Python 3.10 on
-    import urllib.error
-    import urllib.parse
-    import urllib.request
-
-    base = urllib.request.HTTPRedirectHandler
-
-    def answer_or_follow(handler: Any, old: Any, body: Any, code: int, *rest: Any) -> Any:
-        """The hub says all about a large file in its redirect; the storage may refuse a HEAD."""
-        if method == "HEAD" and rest[1].get("X-Linked-Etag"):
-            return body
-        return base.http_error_302(handler, old, body, code, *rest)
-
-    def follow(handler: Any, old: Any, body: Any, code: int, *rest: Any) -> Any:
-        """Go on with the same method, and with the token only where it belongs."""
-        new = base.redirect_request(handler, old, body, code, *rest)
-        if new is not None:
-            new.method = method
-            if urllib.parse.urlsplit(rest[2])[:2] != urllib.parse.urlsplit(url)[:2]:
-                new.remove_header("Authorization")
-        return new
-
-    names = [f"http_error_{code}" for code in (301, 302, 303, 307)]
-    steps = {**dict.fromkeys(names, answer_or_follow), "redirect_request": follow}
-    redirects = type("Redirects", (base,), steps)
-    headers = {"User-Agent": f"tinygpt2/{__version__}", "Accept-Encoding": "identity"}
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-    try:
-        opener = urllib.request.build_opener(redirects)
-        query = urllib.request.Request(url, headers=headers, method=method)
-        with opener.open(query, timeout=TIMEOUT) as response:
-            yield response
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 404:
-            raise FileNotFoundError(url) from None
-        if error.code in (408, 429) or error.code >= 500:
-            raise ConnectionError(f"the server answered {error.code} {error.reason}") from None
-        found = f"{url}: the server answered {error.code} {error.reason}"
-        advice = "check the name; a private or gated model needs HF_TOKEN"
-        raise DownloadError(f"{found} ({advice})") from None
-    except (urllib.error.URLError, http.client.HTTPException, socket.timeout) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ConnectionError(f"no answer or a broken one: {reason}") from None
-    except ValueError as error:  # an HF_ENDPOINT that is no URL
-        raise DownloadError(f"{url}: {error} (check HF_ENDPOINT)") from None
-
-
-def ask(url: str) -> RemoteFile:
-    """A file's size and hash."""
-    with request(url, "HEAD") as response:
-        headers = response.headers
-        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
-        tag = headers.get("X-Linked-Etag") or headers.get("ETag") or "unknown"
-    tag = tag[2:] if tag.startswith("W/") else tag
-    return RemoteFile(url, int(size) if size.isdecimal() else None, tag.strip('"'))
-
-
-def transfer(remote: RemoteFile, part: str, progress: Progress | None) -> None:
-    """Fetch into `part` what it does not hold yet."""
-    resumable = remote.size is not None and os.path.exists(part)
-    done = os.path.getsize(part) if resumable else 0
-    if done and done == remote.size:
-        return
-    with request(remote.url, "GET", done) as response:
-        resumed = done and response.status == 206
-        with open(part, "ab" if resumed else "wb") as file:
-            done = done if resumed else 0
-            for block in iter(lambda: response.read1(1 << 20), b""):
-                done += len(block)
-                if done > (remote.size or MAX_HEADER):
-                    raise DownloadError(
-                        f"{remote.url}: more than the announced {remote.size} bytes came"
-                    )
-                file.write(block)
-                if progress and remote.size:
-                    progress(os.path.basename(remote.url), done, remote.size)
-    if remote.size is not None and done < remote.size:
-        raise ConnectionError(f"the connection ended at {done} of {remote.size} bytes")
-
-
-def matches(remote: RemoteFile, path: str) -> bool:
-    """Whether a file has the server's size and hash: sha256 for large files, git's for small."""
-    import hashlib
-
-    size = os.path.getsize(path)
-    if remote.size is not None and size != remote.size:
-        return False
-    if len(remote.tag) == 64:
-        digest = hashlib.sha256()
-    elif len(remote.tag) == 40:
-        digest = hashlib.sha1(b"blob %d\0" % size)
-    else:
-        return True
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest() == remote.tag
-
-
-# ------------------------------------------------------------------------------------------------
-# 9. Command line
+# 10. Command line
 # ------------------------------------------------------------------------------------------------
 
 
@@ -2664,7 +3035,7 @@ it, Ctrl-D leaves. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by C
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Optional[Sequence[str]] = None) -> int:
     """The command line. Returns the exit code; errors are one line on standard error."""
     if sys.stderr is None:  # closed: `print` would take standard output in its place
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -2683,7 +3054,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever reads the answer has had enough of it
+    except BrokenPipeError:  # the reader of the answer has closed the pipe
         drop_output()
         return 0
     except (OSError, MemoryError) as error:
@@ -2697,12 +3068,12 @@ def flag_of(option: str) -> str:
 
 
 def drop_output() -> None:
-    """What cannot be written must not be tried again when Python ends."""
+    """Discard what cannot be written, so that Python does not try again when it ends."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def run_arguments(arguments: Sequence[str] | None) -> int:
+def run_arguments(arguments: Optional[Sequence[str]]) -> int:
     try:
         options = build_parser().parse_args(arguments)
         options.run(options)
@@ -2735,7 +3106,7 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for flag, (kind, name, text) in number.items():
         value = getattr(default, name)
-        shown = "a fresh one" if value is None else value
+        shown = "a new one" if value is None else value
         help_text = f"{text} (default: {shown})"
         parser.add_argument(flag, type=kind, dest=name, default=value, metavar="N", help=help_text)
     parser.add_argument(
@@ -2745,6 +3116,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--stats", action="store_true", help="print speed and memory to standard error"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--text", action="store_true", help="with --ids: print text, not ids")
     parser.set_defaults(run=run_generate)
     add_commands(parser)
     return parser
@@ -2752,10 +3124,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="FILE", help="a .tg2 file (default: the one that comes along)"
+        "--model", metavar="FILE", help="a .tg2 file (default: the model that comes with it)"
     )
     parser.add_argument(
-        "--backend", choices=BACKENDS, help="what computes (default: the fastest there)"
+        "--backend", choices=BACKENDS, help="what computes (default: the fastest there is)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
 
@@ -2812,7 +3184,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     command = add("info", run_info, "show what a .tg2 file holds")
     command.add_argument("file", nargs="?", default=None, help="the same as --model")
     command.add_argument(
-        "--model", metavar="FILE", help="a .tg2 file (default: the one that comes along)"
+        "--model", metavar="FILE", help="a .tg2 file (default: the model that comes with it)"
     )
     command.add_argument(
         "--verify", action="store_true", default=False, help="check its checksum and vocabulary too"
@@ -2834,9 +3206,9 @@ def load_model(options: argparse.Namespace) -> Model:
     return load(options.model, backend=options.backend, threads=options.threads)
 
 
-def read_prompt(options: argparse.Namespace) -> Prompt | None:
+def read_prompt(options: argparse.Namespace) -> Optional[Union[str, list[int]]]:
     """The prompt that the options name, as text or ids; None if they name none."""
-    text: str | None = options.prompt if options.ids is None else options.ids
+    text: Optional[str] = options.prompt if options.ids is None else options.ids
     if text == "-":
         if sys.stdin is None:
             raise InputError("standard input is closed")
@@ -2847,11 +3219,11 @@ def read_prompt(options: argparse.Namespace) -> Prompt | None:
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
-        raise InputError(f"--ids: expected whole numbers, found {brief(text)}") from None
+        raise InputError(f"--ids: expected whole numbers, found {quote(text)}") from None
 
 
 def argument_text(text: str) -> str:
-    """An argument as UTF-8, whatever the locale took its bytes for."""
+    """An argument as UTF-8, whatever encoding the locale has."""
     with contextlib.suppress(UnicodeEncodeError):
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return mend_surrogates(text)
@@ -2864,43 +3236,43 @@ def run_generate(options: argparse.Namespace) -> None:
         raise InputError("no prompt: pass --prompt TEXT, or --prompt - to read standard input")
     choices = {name: getattr(options, name) for name in Options._fields if hasattr(options, name)}
     with load_model(options) as model:
-        check_options(choices, model.config.vocab_size)
         if prompt is None:
+            check_options(choices, model.config.vocab_size)
             interact(model, choices)
         else:
-            with model.session() as session:
-                answer(session, prompt, choices, options)
+            print_answer(model, prompt, choices, options)
 
 
-def answer(
-    session: Session, prompt: Prompt, choices: dict[str, Any], options: argparse.Namespace
+def print_answer(
+    model: Model, prompt: Prompt, choices: dict[str, Any], options: argparse.Namespace
 ) -> None:
     """Print the answer as it comes, or as JSON at its end; then the figures."""
-    as_text = options.ids is None
-    ids: list[int] = []
-    pieces: list[str] = []
-    events = session.events(as_text or bool(options.stop), choices)
+    as_text = options.ids is None or options.text
+    answer = model.begin(prompt, choices, as_text, False)
+    n_prompt = len(answer.session)
     times = [time.perf_counter()]
-    session.feed(prompt)
-    n_prompt = len(session.tokens)
-    for token, piece in events:
+    pieces: list[str] = []
+    while (event := answer.step()) is not None:
+        token, piece = event
         if token is not None:
             times.append(time.perf_counter())
-            ids.append(token)
         pieces.append(piece)
         if not options.json:
             print(piece if as_text else "" if token is None else f"{token} ", end="", flush=True)
     figures = speed(n_prompt, times)
     if options.json:
-        result = {"text": "".join(pieces) if as_text else None, "ids": ids}
-        outcome = {"finish_reason": session.finish_reason, "seed": session.seed}
+        result = {"text": "".join(pieces) if as_text else None, "ids": answer.ids}
+        outcome = {"finish_reason": answer.finish_reason, "seed": answer.seed}
         print(json.dumps({**result, **outcome, "figures": figures}))
     else:
         print()
-    if session.finish_reason == "context":
-        room = session.model.config.n_positions
-        print(f"tinygpt2: stopped: all {room} positions of the context are used", file=sys.stderr)
+    if answer.finish_reason == "context":
+        positions = model.config.n_positions
+        print(
+            f"tinygpt2: stopped: all {positions} positions of the context are used", file=sys.stderr
+        )
     if options.stats:
+        figures["backend"] = model.backend.describe()
         print("\n".join(f"{name}: {value}" for name, value in figures.items()), file=sys.stderr)
 
 
@@ -2916,7 +3288,7 @@ def speed(n_prompt: int, times: list[float]) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> float | None:
+def peak_memory() -> Optional[float]:
     """The most memory that this process has held, mapped weights included, in MB."""
     try:
         import resource
@@ -2936,11 +3308,9 @@ def interact(model: Model, choices: dict[str, Any]) -> None:
         try:
             prompt = input("> ")
             if prompt:
-                fresh = model.session()
-                fresh.feed(prompt)
                 session.close()
-                session = fresh
-            for piece in session.stream(**choices):
+                session = model.session()
+            for piece in session.begin(prompt, choices, True, False):
                 print(piece, end="", flush=True)
             print()
             if session.finish_reason == "context":
@@ -2954,7 +3324,7 @@ def interact(model: Model, choices: dict[str, Any]) -> None:
             return
 
 
-def progress_bar() -> Progress | None:
+def progress_bar() -> Optional[Progress]:
     """A function that draws a bar on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         return None
@@ -3093,7 +3463,7 @@ def verify(file: TensorFile, config: Config) -> None:
     """Raise `FormatError` unless the data has its checksum and the merges make their tokens."""
     expected, found = file.metadata.get("crc32", "none"), file.checksum()
     if found != expected:
-        raise FormatError(file.path, "data", f"the CRC-32 {brief(expected)}", found)
+        raise FormatError(file.path, "data", f"the CRC-32 {quote(expected)}", found)
     if config.n_merges is not None:
         Tokenizer(file, config).verify(file.path)
     print("verified: the checksum and the vocabulary are right", file=sys.stderr)

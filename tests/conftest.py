@@ -11,7 +11,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,21 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
 
 
+def in_threads(work: Iterable[Callable[[], object]]) -> None:
+    """Call these at the same time, each in a thread of its own, and wait for all."""
+    threads = [threading.Thread(target=item, daemon=True) for item in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def largest(array: np.ndarray) -> float:
+    """The largest magnitude."""
+    return float(np.abs(array).max())
+
+
 def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Float32 weights with the hub's names and orientations, wide enough to tell tokens apart."""
     random = np.random.default_rng(seed)
@@ -112,6 +128,44 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.nda
     if not config.get("tie_word_embeddings", True):
         weights["lm_head.weight"] = draw(vocab_size, n_embd)
     return weights
+
+
+class Shape(NamedTuple):
+    """Sizes of a model; `seed` is one for which the best token of its greedy text is always ahead,
+    see MARGIN in test_model.py."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    seed: int
+    options: dict[str, Any]
+
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = dict(zip(self._fields[:6], self[:6]))
+        return {**config, "bos_token_id": None, "eos_token_id": None, **self.options}
+
+
+RELU = {"activation_function": "relu"}
+GELU = {"activation_function": "gelu"}
+UNTIED = {"tie_word_embeddings": False}
+UNSCALED = {"scale_attn_weights": False}
+BY_LAYER = {"scale_attn_by_inverse_layer_idx": True}
+# Ten shapes: sizes that fill no panel, and every switch of the configuration on and off.
+SHAPES = [
+    Shape(3, 210, 2, 1, 1, 3, 0, {**RELU}),
+    Shape(11, 212, 6, 2, 6, 7, 15, {}),
+    Shape(257, 216, 20, 2, 4, 80, 1, {**GELU, **UNTIED}),
+    Shape(100, 224, 33, 2, 3, 45, 3, {**UNTIED, **UNSCALED}),
+    Shape(300, 256, 32, 3, 4, 128, 1, {**BY_LAYER}),
+    Shape(257, 210, 48, 2, 3, 101, 23, {**RELU, **UNTIED, **UNSCALED, **BY_LAYER}),
+    Shape(17, 230, 40, 3, 5, 1, 4, {**GELU, **UNSCALED}),
+    Shape(64, 211, 16, 4, 2, 65, 4, {**UNTIED, **BY_LAYER}),
+    Shape(1000, 300, 64, 1, 1, 255, 1, {**GELU, "layer_norm_epsilon": 1e-2}),
+    Shape(31, 257, 35, 2, 7, 33, 1, {**RELU}),
+]
 
 
 TOY = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -162,6 +216,36 @@ def toy_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = folder / "toy.tg2"
     tinygpt2.convert(write_checkpoint(folder / "checkpoint"), out)
     return out
+
+
+def model_of_logits(folder: Path, logits: np.ndarray) -> Path:
+    """A .tg2 file that gives these logits, exactly, whatever the tokens are: its last layer norm
+    makes (1, 0) of everything, and its head is (logits, 0)."""
+    config = {"vocab_size": len(logits), "n_positions": 4, "n_embd": 2, "n_layer": 1, "n_head": 1}
+    config |= {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0}
+    weights = random_weights(config)
+    weights["ln_f.weight"][:] = 0
+    weights["ln_f.bias"][:] = [1, 0]
+    weights["lm_head.weight"][:] = np.stack((logits, np.zeros_like(logits)), axis=1)
+    source = write_checkpoint(folder / "m", config, weights, tokenizer=False)
+    tinygpt2.convert(source, folder / "m.tg2")
+    return folder / "m.tg2"
+
+
+# What every machine must give for the default model: its checksum, and the SHA-256 of the logits
+# after each token of the prompt, little-endian. A new default model needs a new one; a change of
+# kernels.c never does.
+TALES_CHECKSUM = "aa0cf8a1"
+TALES_PROMPT = (
+    "Once upon a time there was a little fox who lived in the wood and was afraid of nothing."
+)
+TALES_SHA256 = "c122550ac5697e51afcb579675a0131057125af2df547f5e2f9aea17af7bcaca"
+
+
+@pytest.fixture(scope="session")
+def tales_path() -> Path:
+    """The default model."""
+    return ROOT / "vendor" / "tales.tg2"
 
 
 @pytest.fixture
@@ -275,3 +359,14 @@ def needs(compiler: str) -> Any:
 
 
 needs_cc = pytest.mark.skipif(not is_there("cc"), reason="needs a C compiler called cc")
+
+
+# The tiers of tests: pyproject.toml says what `slow` and `soak` mean
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A soak test counts as slow, so that `-m "not slow"` leaves it out."""
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker("slow")

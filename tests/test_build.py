@@ -1,4 +1,4 @@
-"""build.py: what it compiles, what it says when it cannot, and the wheels that pip makes with it.
+"""build.py: what it compiles, and what it says when it cannot.
 
 The compilers are real. Where only their handling is tested they compile a small project, a copy of
 build.py beside a tinygpt2.py and a kernels.c of a few lines, since it is faster.
@@ -6,7 +6,10 @@ build.py beside a tinygpt2.py and a kernels.c of a few lines, since it is faster
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.util
+import io
 import platform
 import shlex
 import shutil
@@ -14,12 +17,11 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import tarfile
-import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, Result, build, is_there, needs, needs_cc, run
+from conftest import ENVIRONMENT, ROOT, VARIABLES, Result, build, is_there, needs, needs_cc, run
 
 import tinygpt2
 
@@ -45,11 +47,12 @@ EXPORT const char *tg_isa_name(const char *wanted);
 EXPORT const char *tg_version(void);
 const char *tg_isa_name(const char *wanted) { return wanted == NULL ? "fastest" : NULL; }
 const char *tg_version(void) { return TG_VERSION; }
-#ifdef TG_STANDALONE
+#endif
+"""
+SMALL_COMMAND = """\
+#include "../kernels.c"
 #include <stdio.h>
-int main(void) { return puts("alone " TG_VERSION) < 0; }
-#endif
-#endif
+int main(void) { return printf("alone %s\\n", tg_version()) < 0; }
 """
 
 
@@ -59,7 +62,9 @@ def run_build(
     return run([python, folder / "build.py", *arguments], environ)
 
 
-needs_ziglang = pytest.mark.skipif(not is_there("ziglang"), reason="needs the package ziglang")
+# In its first seconds on a machine, zig compiles parts of its own.
+COMPILERS = [needs("gcc"), needs("clang")]
+COMPILERS += [pytest.param("ziglang", marks=[*needs("ziglang").marks, pytest.mark.slow])]
 
 
 def names(folder: Path) -> set[str]:
@@ -83,10 +88,11 @@ def library(path: Path) -> ctypes.CDLL:
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     folder = tmp_path / "small project"
-    folder.mkdir()
+    (folder / "vendor").mkdir(parents=True)
     shutil.copy(ROOT / "build.py", folder)
     (folder / "tinygpt2.py").write_text(SMALL_MODULE, "utf-8")
     (folder / "kernels.c").write_text(SMALL_KERNELS, "utf-8")
+    (folder / "vendor" / "tinygpt2.c").write_text(SMALL_COMMAND, "utf-8")
     return folder
 
 
@@ -101,19 +107,61 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The library
 
 
-@pytest.mark.parametrize("compiler", [needs("gcc"), needs("clang"), needs("ziglang")])
-def test_the_kernels(tmp_path: Path, compiler: str) -> None:
-    result = run_build(ROOT, "--output", tmp_path, CC=ZIG if compiler == "ziglang" else compiler)
-    assert (result.code, result.err) == (0, "")
-    assert names(tmp_path) == {LIBRARY}
-    kernels = library(tmp_path / LIBRARY)
-    assert kernels.tg_version().decode() == tinygpt2.__version__
-    assert kernels.tg_isa_name(b"portable") == b"portable"
-    assert kernels.tg_isa_name(b"abacus") is None
-    assert f"chosen    {kernels.tg_isa_name(None).decode()} on this machine" in result.out
-    assert f"{(tmp_path / LIBRARY).stat().st_size:,} bytes" in result.out
+class Kernels(NamedTuple):
+    instruction_sets: set[str]
+    objects: list[Path]
+    library: Path
+    warnings: str
 
 
+@pytest.fixture(scope="module", params=COMPILERS)
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+    """The project's own kernels, as build.py compiles and links them, and the objects too."""
+    folder = tmp_path_factory.mktemp("kernels")
+    warnings = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(warnings):
+        for name in VARIABLES:
+            patch.delenv(name, raising=False)
+        patch.setenv("CC", ZIG if request.param == "ziglang" else request.param)
+        compiler = build.find_compiler()
+        objects = build.compile_objects(compiler, folder)
+        build.link(compiler, objects, folder / LIBRARY, ["-shared"])
+    return Kernels(set(compiler.instruction_sets), objects, folder / LIBRARY, warnings.getvalue())
+
+
+@pytest.mark.slow
+def test_the_kernels(kernels: Kernels) -> None:
+    assert kernels.warnings == ""
+    loaded = library(kernels.library)
+    assert loaded.tg_version().decode() == tinygpt2.__version__
+    assert loaded.tg_isa_name(b"portable") == b"portable"
+    assert loaded.tg_isa_name(b"abacus") is None
+    assert {path.stem for path in kernels.objects} == kernels.instruction_sets | {"common"}
+    for isa in kernels.instruction_sets:  # NULL: this processor has no such instructions
+        assert loaded.tg_isa_name(isa.encode()) in (isa.encode(), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_there("nm"), reason="needs nm")
+def test_only_the_interface_is_exported(kernels: Kernels) -> None:
+    lines = run(["nm", "-D", "--defined-only", kernels.library], {}).out.splitlines()
+    exported = {line.split()[-1].lstrip("_") for line in lines}
+    assert {name for name in exported if not name.startswith("tg_")} <= {"init", "fini"}
+    assert {"tg_isa_name", "tg_version"} <= exported
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 machine code")
+@pytest.mark.skipif(not is_there("objdump"), reason="needs objdump")
+def test_portable_code_is_for_every_x86(kernels: Kernels) -> None:
+    assert {"avx512", "avx2", "portable"} <= kernels.instruction_sets
+    for path in kernels.objects:
+        code = run(["objdump", "-d", path], {}).out
+        assert ("%ymm" in code or "%zmm" in code) == path.name.startswith("avx"), path.name
+        assert "%zmm" not in code or path.name == "avx512.o", path.name
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not is_there("aarch64-linux-gnu-gcc"), reason="needs aarch64-linux-gnu-gcc")
 def test_the_kernels_for_another_architecture(tmp_path: Path) -> None:
     result = run_build(ROOT, "--output", tmp_path, CC="aarch64-linux-gnu-gcc")
@@ -127,21 +175,11 @@ def test_the_kernels_for_another_architecture(tmp_path: Path) -> None:
 
 
 @needs_cc
-def test_only_the_interface_is_exported(tmp_path: Path) -> None:
-    if not is_there("nm"):
-        pytest.skip("needs nm")
-    assert run_build(ROOT, "--output", tmp_path).code == 0
-    lines = run(["nm", "-D", "--defined-only", tmp_path / LIBRARY], {}).out.splitlines()
-    exported = {line.split()[-1].lstrip("_") for line in lines}
-    assert {name for name in exported if not name.startswith("tg_")} <= {"init", "fini"}
-    assert {"tg_isa_name", "tg_version"} <= exported
-
-
-@needs_cc
 def test_it_says_what_it_built(small: Path) -> None:
     result = run_build(small)
     first, second, third, last = result.out.splitlines()
-    assert first.startswith(f"built     {small / LIBRARY}, ")
+    size = (small / LIBRARY).stat().st_size
+    assert first.startswith(f"built     {small / LIBRARY}, {size:,} bytes, ")
     assert second.startswith("compiler  ")
     assert third == f"contains  {', '.join(build.find_compiler().instruction_sets)}"
     assert last == "chosen    fastest on this machine"
@@ -167,27 +205,13 @@ def test_the_first_compiler_on_the_path(
     assert f"compiler  {folder / chosen}: " in result.out
 
 
-@needs_ziglang
+@pytest.mark.slow
+@pytest.mark.skipif(not is_there("ziglang"), reason="needs the package ziglang")
 def test_the_package_ziglang_where_no_compiler_is_on_the_path(small: Path, tmp_path: Path) -> None:
     result = run_build(small, PATH=str(tmp_path))
     assert (result.code, result.err) == (0, "")
     assert " -m ziglang cc: " in result.out
     assert "fastest on this machine" in result.out
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 machine code")
-@pytest.mark.skipif(not is_there("objdump"), reason="needs objdump")
-@pytest.mark.parametrize("compiler", [needs("gcc"), needs("clang"), needs("ziglang")])
-def test_portable_code_is_for_every_x86(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
-) -> None:
-    monkeypatch.setenv("CC", ZIG if compiler == "ziglang" else compiler)
-    objects = build.compile_objects(build.find_compiler(), tmp_path)
-    assert {path.name for path in objects} == {"avx512.o", "avx2.o", "portable.o", "common.o"}
-    for path in objects:
-        code = run(["objdump", "-d", path], {}).out
-        assert ("%ymm" in code or "%zmm" in code) == path.name.startswith("avx"), path.name
-        assert "%zmm" not in code or path.name == "avx512.o", path.name
 
 
 @needs_cc
@@ -217,7 +241,7 @@ float halved(float a) { return a / 2; }
 
 
 @pytest.mark.parametrize("flag", ["-ffast-math", "-Ofast", "-funsafe-math-optimizations"])
-@pytest.mark.parametrize("compiler", [needs("gcc"), needs("clang"), needs("ziglang")])
+@pytest.mark.parametrize("compiler", COMPILERS)
 def test_no_flags_of_the_user_change_the_arithmetic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, flag: str
 ) -> None:
@@ -350,13 +374,16 @@ def test_standalone(small: Path, tmp_path: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert names(tmp_path / "new" / "folder") == {"tinygpt2"}
     command = tmp_path / "new" / "folder" / "tinygpt2"
-    assert f"run it    {command} MODEL.tg2" in result.out
+    assert f"run it    {command} --model MODEL.tg2" in result.out
     assert run([command], {}) == (0, "alone 4.5.6\n", "")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("mypyc", "setuptools"))),
+    reason="needs mypyc and setuptools",
+)
 def test_mypyc(small: Path) -> None:
-    pytest.importorskip("mypyc", reason="compiles with mypyc")
-    pytest.importorskip("setuptools", reason="mypyc compiles with setuptools")
     before = names(small)
     result = run_build(small, "--mypyc")
     assert (result.code, result.err) == (0, "")
@@ -392,103 +419,7 @@ def test_wrong_usage(small: Path, flags: list[str]) -> None:
     assert "usage: build.py" in result.err
 
 
-# The wheel
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A copy of what a wheel is made of, with the small kernels."""
-    pytest.importorskip("hatchling", reason="makes wheels with hatchling")
-    folder = tmp_path / "project"
-    (folder / "vendor").mkdir(parents=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "build.py", "tinygpt2.py"):
-        shutil.copy(ROOT / name, folder)
-    (folder / "vendor" / "tales.tg2").write_bytes(b"a model")
-    (folder / "kernels.c").write_text(SMALL_KERNELS, "utf-8")
-    return folder
-
-
-def make_wheel(project: Path, **environ: str) -> tuple[Path, str]:
-    """The wheel that pip makes, and what it prints meanwhile."""
-    pytest.importorskip("pip", reason="makes wheels with pip")
-    out = project.parent / "wheels"
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
-    result = run([*command, "--wheel-dir", out, project], environ)
-    assert result.code == 0, result.err
-    (wheel,) = out.iterdir()
-    return wheel, result.out + result.err
-
-
-def contents(wheel: Path) -> tuple[set[str], str]:
-    """The files beside the metadata, and the file WHEEL."""
-    with zipfile.ZipFile(wheel) as archive:
-        files = {name for name in archive.namelist() if ".dist-info/" not in name}
-        return files, archive.read(f"tinygpt2-{tinygpt2.__version__}.dist-info/WHEEL").decode()
-
-
-@needs_cc
-def test_a_wheel_with_the_kernels(project: Path) -> None:
-    (project / LIBRARY).write_bytes(b"a library that was built before")
-    wheel, _ = make_wheel(project)
-    tag = f"py3-none-{build.platform_tag(build.find_compiler())}"
-    assert wheel.name == f"tinygpt2-{tinygpt2.__version__}-{tag}.whl"
-    files, description = contents(wheel)
-    assert files == {"tinygpt2.py", LIBRARY, "tinygpt2_data/tales.tg2"}
-    assert f"Tag: {tag}\n" in description
-    assert "Root-Is-Purelib: false\n" in description
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extract(LIBRARY, project.parent)
-    assert library(project.parent / LIBRARY).tg_version().decode() == tinygpt2.__version__
-    assert (project / LIBRARY).read_bytes() == b"a library that was built before"
-
-
-@pytest.mark.parametrize(
-    ("environ", "words"),
-    [
-        ({"CC": "no-such-compiler"}, "cannot run no-such-compiler"),
-        ({"CC": "false"}, "failed with exit code 1"),
-        ({"TINYGPT2_PURE": "1"}, "TINYGPT2_PURE=1"),
-    ],
-    ids=str,
-)
-def test_a_pure_wheel(project: Path, environ: dict[str, str], words: str) -> None:
-    wheel, said = make_wheel(project, **environ)
-    assert wheel.name == f"tinygpt2-{tinygpt2.__version__}-py3-none-any.whl"
-    files, description = contents(wheel)
-    assert files == {"tinygpt2.py", "tinygpt2_data/tales.tg2"}
-    assert "Root-Is-Purelib: true\n" in description
-    assert "without the C kernels" in said
-    assert words in said
-
-
-@pytest.mark.parametrize("compiler", ["cc", "no-such-compiler"])
-def test_an_editable_install(project: Path, compiler: str) -> None:
-    """As pip asks hatchling for it."""
-    pytest.importorskip("editables", reason="hatchling makes editable installs with it")
-    out = project.parent / "out"
-    out.mkdir()
-    code = "import hatchling.build, sys; hatchling.build.build_editable(sys.argv[1])"
-    result = run([sys.executable, "-c", code, out], {"CC": compiler}, project)
-    assert result.code == 0, result.err
-    (wheel,) = out.iterdir()
-    assert wheel.name.endswith("-py3-none-any.whl")
-    assert LIBRARY not in contents(wheel)[0]
-    assert (project / LIBRARY).exists() == (is_there(compiler))
-
-
-def test_a_source_distribution_has_what_builds_it(project: Path) -> None:
-    (project / LIBRARY).write_bytes(b"")
-    (project / "tinygpt2").write_bytes(b"")
-    out = project.parent / "out"
-    result = run(
-        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", out], {}, project
-    )
-    assert result.code == 0, result.err
-    (path,) = out.iterdir()
-    with tarfile.open(path) as archive:
-        files = {name.split("/", 1)[1] for name in archive.getnames()}
-    assert {"build.py", "kernels.c", "tinygpt2.py", "vendor/tales.tg2", "pyproject.toml"} <= files
-    assert not files & {LIBRARY, "tinygpt2"}
+# The wheel's name. tests/test_install.py tests the wheel.
 
 
 @pytest.mark.parametrize(

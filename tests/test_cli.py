@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import select
@@ -168,10 +169,19 @@ def test_ids_print_ids(toy: Model, toy_path: Path, given: str, stdin: bytes) -> 
     assert (result.code, result.err, result.out.count("\n")) == (0, "", 1)
 
 
+def test_ids_print_text_if_asked(toy: Model, toy_path: Path) -> None:
+    result = run("--model", toy_path, "--ids=5 6", "--text", "--seed=1", "--max-tokens=9")
+    assert result == (0, toy.generate([5, 6], seed=1, max_new_tokens=9) + "\n", "")
+
+
 def test_ids_need_no_tokenizer(tmp_path: Path) -> None:
     tinygpt2.convert(write_checkpoint(tmp_path, tokenizer=False), tmp_path / "m.tg2")
-    result = run("--model", tmp_path / "m.tg2", "--ids", "5 6", "--max-tokens", "4")
-    assert len(result.out.split()) <= 4
+    flags = ["--max-tokens", "4", "--temperature", "0"]
+    result = run("--model", tmp_path / "m.tg2", "--ids", "5 6", *flags)
+    with tinygpt2.load(tmp_path / "m.tg2") as model:
+        expected = model.generate_ids([5, 6], max_new_tokens=4, temperature=0)
+    assert len(expected) == 4
+    assert [int(word) for word in result.out.split()] == expected
     assert (result.code, result.err) == (0, "")
     check_failure(run("--model", tmp_path / "m.tg2", "--prompt", "a"), 2, "no tokenizer", "--ids")
 
@@ -185,14 +195,14 @@ def test_stop_texts(speaker: Model, speaker_path: Path) -> None:
 
 
 def test_json_is_one_object(toy: Model, toy_path: Path) -> None:
-    result = run("--model", toy_path, "--prompt=The", "--seed=1", "--max-tokens=9", "--json")
+    result = run("--model", toy_path, "--prompt=The", "--seed=3", "--max-tokens=9", "--json")
     found = json.loads(result.out)
     figures = found.pop("figures")
     assert found == {
-        "text": toy.generate("The", seed=1, max_new_tokens=9),
-        "ids": toy.generate_ids("The", seed=1, max_new_tokens=9),
+        "text": toy.generate("The", seed=3, max_new_tokens=9),
+        "ids": toy.generate_ids("The", seed=3, max_new_tokens=9),
         "finish_reason": "length",
-        "seed": 1,
+        "seed": 3,
     }
     assert figures["prompt_tokens"] == len(toy.encode("The"))
     assert figures["new_tokens"] == 9
@@ -211,7 +221,38 @@ def test_stats_go_to_standard_error(toy: Model, toy_path: Path) -> None:
     result = run("--model", toy_path, "--prompt=The", "--seed=1", "--max-tokens=9", "--stats")
     assert (result.code, result.out) == (0, toy.generate("The", seed=1, max_new_tokens=9) + "\n")
     names = [line.partition(":")[0] for line in result.err.splitlines()]
-    assert {"prompt_tokens", "new_tokens", "tokens_per_second", "peak_memory_mb"} <= set(names)
+    assert names == [
+        "prompt_tokens",
+        "new_tokens",
+        "seconds_to_first_token",
+        "tokens_per_second",
+        "peak_memory_mb",
+        "backend",
+    ]
+
+
+def test_figures_of_speed() -> None:
+    """The first token waits for the prompt; the speed is that of the tokens after it."""
+    figures = tinygpt2.speed(7, [10.0, 12.0, 12.25, 12.5, 13.0])
+    del figures["peak_memory_mb"]
+    assert figures == {
+        "prompt_tokens": 7,
+        "new_tokens": 4,
+        "seconds_to_first_token": 2.0,
+        "tokens_per_second": 3.0,
+    }
+    without = tinygpt2.speed(7, [10.0])
+    assert (without["new_tokens"], without["tokens_per_second"]) == (0, None)
+    assert without["seconds_to_first_token"] is None
+
+
+def test_peak_memory_grows_with_what_is_used() -> None:
+    before = tinygpt2.peak_memory()
+    if before is None:
+        pytest.skip("this system does not tell")
+    block = b"\1" * (200_000_000 + int(1e6 * before))
+    after = tinygpt2.peak_memory() or 0
+    assert len(block) / 1e6 < after < len(block) / 1e6 + before + 300
 
 
 def test_a_full_context_is_noted(toy: Model, toy_path: Path) -> None:
@@ -564,6 +605,10 @@ def test_the_file_alone_runs(python: str, toy: Model, toy_path: Path, tmp_path: 
     check_failure(wrong, 2, "--top-k")
     write_checkpoint(tmp_path / "checkpoint")
     convert: list[Argument] = [python, "-W", "error", "tinygpt2.py", "convert", "checkpoint"]
+    alone = run_command([*convert, "-o", "again.tg2"], cwd=tmp_path)
+    check_failure(alone, 1, "vendor/convert.py", "copy the project's vendor/convert.py there")
+    (tmp_path / "vendor").mkdir()
+    shutil.copy(ROOT / "vendor" / "convert.py", tmp_path / "vendor")
     assert run_command([*convert, "-o", "again.tg2"], cwd=tmp_path) == (0, "", "")
     assert (tmp_path / "again.tg2").read_bytes() == toy_path.read_bytes()
 
@@ -591,11 +636,14 @@ def test_convert(toy_path: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out.tg2"]
 
 
-def test_info(toy_path: Path) -> None:
+def test_info(toy: Model, toy_path: Path) -> None:
     result = run("info", "--model", toy_path)
     lines = [line.split() for line in result.out.splitlines()]
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
         assert [name, str(TOY[name])] in lines
+    weights = [t for t in toy.file.tensors.values() if t.dtype == "F32"]
+    count = f"{sum((t.stop - t.start) // 4 for t in weights):,}"
+    assert ["weights", count, "float32,", "padding", "included"] in lines
     tensors = [line[0] for line in lines[lines.index([]) + 2 :]]
     assert tensors[:3] == ["wte.weight", "wpe.weight", "h.0.ln_1.weight"]
     assert (result.code, result.err) == (0, "")
@@ -644,6 +692,36 @@ def test_bench(toy_path: Path) -> None:
     prompt, decoding = result.out.splitlines()
     assert prompt.startswith("prompt of 62 tokens: ")
     assert decoding.startswith("decoding after it: ")
+
+
+def test_figures_of_bench(
+    toy: Model, toy_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a clock that goes on two seconds at each look: 62 tokens in two seconds, then two."""
+    clock = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert tinygpt2.main(["bench", "--model", str(toy_path), "--max-tokens=2", "--runs=3"]) == 0
+    name = toy.backend.name
+    assert capsys.readouterr().out.splitlines() == [
+        f"prompt of 62 tokens: 31.0 tokens/s ({name})",
+        f"decoding after it: 1.0 tokens/s ({name})",
+    ]
+
+
+def test_wrong_kernels_are_noticed(toy_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """info --system compares C with NumPy; here NumPy is made a little wrong."""
+    if tinygpt2.library_path() is None:
+        pytest.skip("needs the C kernels: `python build.py`")
+    if not tinygpt2.__file__.endswith(".py"):
+        pytest.skip("the functions of a compiled module cannot be replaced")
+    with tinygpt2.load(toy_path, backend="c") as model:
+        assert tinygpt2.compare_backends(model).startswith("right: ")
+        exact = tinygpt2.gelu_new
+        monkeypatch.setattr(tinygpt2, "gelu_new", lambda x: exact(x) + 0.001)
+        with pytest.raises(
+            tinygpt2.TinyGPT2Error, match=r"kernels: off by .* of the largest logit"
+        ):
+            tinygpt2.compare_backends(model)
 
 
 # At a terminal

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -20,16 +21,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, Result, random_weights, write_checkpoint
+from conftest import (
+    ROOT,
+    SHAPES,
+    TALES_CHECKSUM,
+    TALES_PROMPT,
+    TALES_SHA256,
+    TOY,
+    UNTIED,
+    Result,
+    in_threads,
+    largest,
+    random_weights,
+    write_checkpoint,
+)
 
 import tinygpt2
-from tinygpt2 import InputError, Model, Session, StateError, TinyGPT2Error
+from tinygpt2 import InputError, Model, Session, Span, StateError, TinyGPT2Error
 
 HERE = Path(tinygpt2.__file__).parent
 LIBRARY = tinygpt2.library_path()
@@ -39,6 +53,7 @@ CHUNKS = (1, 2, 7, 64, 0)  # tokens in one pass; 0: all of them
 COMBINATIONS = list(itertools.product(THREADS, CHUNKS))
 SOME = COMBINATIONS[::3]  # every number of threads and every chunk, for what takes long
 FEW = COMBINATIONS[::6]  # every number of threads once, each with another chunk
+FASTEST = [(2, 7), (3, 0)]  # for the fast lane
 
 needs_kernels = pytest.mark.skipif(
     LIBRARY is None, reason="needs the kernels: `python build.py` makes them"
@@ -51,7 +66,7 @@ def instruction_sets() -> list[str]:
     """Those that can be used here, the fastest first."""
     if LIBRARY is None:
         return ["no kernels"]
-    library = tinygpt2.load_library(LIBRARY)
+    library = tinygpt2.Kernels(LIBRARY).library
     return [name for name in NAMES if library.tg_isa_name(name.encode())]
 
 
@@ -66,7 +81,7 @@ def opened(path: Path, isa: str = ISAS[0], threads: int = 1, chunk: int = 0) -> 
         patch.setenv("TINYGPT2_ISA", isa)
         model = tinygpt2.load(path, backend="c", threads=threads)
     with model:
-        model.backend.chunk = chunk or model.config.n_positions
+        model.backend.chunk = min(chunk or model.backend.chunk, model.backend.chunk)
         yield model
 
 
@@ -76,19 +91,9 @@ def fed(model: Model, ids: list[int]) -> Session:
     return session
 
 
-def largest(array: np.ndarray) -> float:
-    return float(np.abs(array).max())
-
-
 def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.dtype == expected.dtype == np.float32
     assert np.array_equal(found.view(np.int32), expected.view(np.int32))
-
-
-@pytest.fixture(scope="session")
-def tales_path() -> Path:
-    """The default model."""
-    return ROOT / "vendor" / "tales.tg2"
 
 
 @pytest.fixture(scope="session")
@@ -103,29 +108,27 @@ def big_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The same bits
 
 
-RELU = {"activation_function": "relu"}
-GELU = {"activation_function": "gelu"}
-UNTIED = {"tie_word_embeddings": False}
-ODD_SCALES = {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}
-
-
-def sizes(vocab_size: int, n_embd: int, n_layer: int, n_head: int, n_inner: int) -> dict[str, Any]:
-    return {
-        **{"vocab_size": vocab_size, "n_embd": n_embd, "n_layer": n_layer, "n_head": n_head},
-        **{"n_inner": n_inner, "n_positions": 81, "bos_token_id": None, "eos_token_id": None},
-    }
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "toy": sizes(300, 32, 2, 4, 128),
-    "head size 2": {**sizes(3, 2, 1, 1, 3), **RELU},
-    "head size 1": {**sizes(3, 2, 2, 2, 8), **UNTIED},
-    "nothing fills a panel": {**sizes(257, 33, 2, 3, 45), **GELU, **UNTIED},
-    "other scales": {**sizes(100, 48, 3, 3, 101), **RELU, **ODD_SCALES},
-    "work for every thread": sizes(1501, 72, 2, 3, 301),
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "head size 2": SHAPES[0].config(),
+    "exact gelu": SHAPES[2].config(),
+    "nothing fills a panel": SHAPES[3].config(),
+    "tied": SHAPES[4].config(),
+    "other scales": SHAPES[5].config(),
+    "head size 1": {**SHAPES[0].config(), "n_embd": 2, "n_head": 2, "n_layer": 2, **UNTIED},
+    "work for every thread": {
+        **SHAPES[4].config(),
+        **{"vocab_size": 1501, "n_embd": 72, "n_layer": 2, "n_head": 3, "n_inner": 301},
+    },
 }
 CHECKPOINTS = ("mingpt-adder", "llm-viz-sort", "ort-genai-tiny-random", "lm-buddy-fake-gpt2")
 TALES = "the default model"
+FAST = ("nothing fills a panel", "tied")
+
+
+def slow(values: Iterable[Any], fast: Iterable[Any]) -> list[Any]:
+    """Parameters of tests that are slow but for the fast ones."""
+    fast = list(fast)
+    return [v if v in fast else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 class Example(NamedTuple):
@@ -137,12 +140,12 @@ class Example(NamedTuple):
     logits: np.ndarray
 
 
-@pytest.fixture(scope="module", params=[*SHAPES, *CHECKPOINTS, TALES])
+@pytest.fixture(scope="module", params=slow([*EXAMPLES, *CHECKPOINTS, TALES], FAST))
 def example(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Example:
     name, folder = request.param, tmp_path_factory.mktemp("example")
     path = folder / "m.tg2"
-    if name in SHAPES:
-        tinygpt2.convert(write_checkpoint(folder, SHAPES[name], tokenizer=False), path)
+    if name in EXAMPLES:
+        tinygpt2.convert(write_checkpoint(folder, EXAMPLES[name], tokenizer=False), path)
     elif name in CHECKPOINTS:
         tinygpt2.convert(request.getfixturevalue("data") / "checkpoints" / name, path)
     else:
@@ -187,17 +190,47 @@ def one_by_one(model: Model, ids: list[int]) -> Found:
     return list(range(len(ids))), np.stack(rows)
 
 
-WAYS: list[Callable[[Model, list[int]], Found]] = [at_once, in_two_parts, after_a_rewind]
+def in_company(model: Model, ids: list[int]) -> Found:
+    """In every pass with two other texts, one before it and one behind."""
+    backend, workspace, rows = model.backend, model.backend.new_workspace(), []
+    first, cache, last = [backend.new_cache() for _ in range(3)]
+    size = min(backend.chunk, 30)
+    for start in range(0, len(ids), size):
+        tokens = ids[start : start + size]
+        spans = [
+            Span(first, ids[:1], 0, 1),
+            Span(cache, tokens, start, len(tokens)),
+            Span(last, ids[-3:], 0, 2),
+        ]
+        rows.append(backend.forward(workspace, spans).array()[1:-2])
+    return list(range(len(ids))), np.concatenate(rows)
 
 
-@needs_kernels
-@every_isa
-def test_logits(example: Example, isa: str) -> None:
-    """Bit for bit, however many threads, in whatever chunks, cached or not."""
-    combinations = SOME if example.logits.size > 1e5 else COMBINATIONS
-    ids = example.ids
-    if isa == "portable" and example.name == TALES:
-        combinations, ids = FEW, ids[:20]
+def from_a_saved_cache(model: Model, ids: list[int]) -> Found:
+    """The keys and values of the first half are saved, loaded and copied."""
+    backend, workspace, half = model.backend, model.backend.new_workspace(), len(ids) // 2
+    cache, loaded = backend.new_cache(), backend.new_cache()
+    backend.forward(workspace, [Span(cache, ids[:half], 0, 0)])
+    cache.length = half
+    loaded.restore(cache.dump(), half)
+    assert loaded.dump() == cache.dump()
+    assert len(cache.dump()) == 4 * model.config.n_layer * 2 * half * model.config.n_embd
+    rows = backend.forward(workspace, [Span(loaded.fork(), ids[half:], half, len(ids) - half)])
+    return list(range(half, len(ids))), rows.array()
+
+
+WAYS: list[Callable[[Model, list[int]], Found]] = [
+    at_once,
+    in_two_parts,
+    after_a_rewind,
+    in_company,
+    from_a_saved_cache,
+]
+
+
+def check_logits(example: Example, isa: str, combinations: Iterable[tuple[int, int]]) -> None:
+    """Bit for bit, however many threads, in whatever chunks, cached or not, alone or not."""
+    ids = example.ids[:20] if isa == "portable" and example.name == TALES else example.ids
     for threads, chunk in combinations:
         with opened(example.path, isa, threads, chunk) as model:
             for way in [*WAYS, one_by_one] if chunk == 1 else WAYS:
@@ -206,24 +239,40 @@ def test_logits(example: Example, isa: str) -> None:
 
 
 @needs_kernels
+@every_isa
+def test_logits(example: Example, isa: str) -> None:
+    check_logits(example, isa, FASTEST)
+
+
+@needs_kernels
+@every_isa
+@pytest.mark.slow
+def test_logits_with_every_number_of_threads_and_chunk(example: Example, isa: str) -> None:
+    if example.name == TALES:
+        check_logits(example, isa, FEW if isa == "portable" else SOME)
+    else:
+        check_logits(example, isa, COMBINATIONS if example.logits.size < 1e5 else SOME)
+
+
+@needs_kernels
 def test_logits_can_differ(example: Example) -> None:
-    """The test above means something: another token anywhere before changes the bits."""
+    """The test above means something: another token anywhere before changes the bits.
+
+    In a model of width 2, a layer norm leaves little more than a sign: there, fewer rows differ.
+    """
     with opened(example.path) as model:
         ids = list(example.ids)
         ids[0] = (ids[0] + 1) % model.config.vocab_size
         changed = model.logits(ids).view(np.int32) != example.logits.view(np.int32)
-    assert changed.any(axis=1).mean() > 0.9
+    assert changed.any(axis=1).mean() > (0.5 if model.config.n_embd == 2 else 0.9)
 
 
-PROMPT = "Once upon a time there was a little fox who lived in the wood and was afraid of nothing."
-# What every machine must give for the model of this checksum: after each token of this prompt its
-# logits, little-endian; and the text that follows with this seed. A new default model needs new
-# ones; a change of kernels.c never does.
-TALES_CHECKSUM = "aa0cf8a1"
-TALES_SHA256 = "c122550ac5697e51afcb579675a0131057125af2df547f5e2f9aea17af7bcaca"
+# What every machine must give for the default model, beside the logits in conftest.py: the
+# log-probabilities of the prompt's tokens, float64, and the text that follows it with this seed.
+# A new default model needs new ones; a change of kernels.c never does: seeds keep their texts.
+TALES_SCORES_SHA256 = "a07eb280ff0f18437c98d98e3e2d28fa050affe6196a62d250a406cd3ca837c7"
 TALES_TEXT = (
-    " But as all the animals did not come back and their sheeps were there, "
-    "the little fox could not get up,"
+    " So he set forth, and at last he came to a great forest, and he came into the wood, where he"
 )
 
 
@@ -232,32 +281,59 @@ TALES_TEXT = (
 def test_what_the_default_model_gives_on_every_machine(tales_path: Path, isa: str) -> None:
     with opened(tales_path, isa, threads=2) as model:
         assert model.file.checksum() == TALES_CHECKSUM
-        logits = model.logits(PROMPT).astype("<f4")
+        logits = model.logits(TALES_PROMPT).astype("<f4")
         assert hashlib.sha256(logits.tobytes()).hexdigest() == TALES_SHA256
-        assert model.generate(PROMPT, seed=1, max_new_tokens=24) == TALES_TEXT
+        scores = np.array(model.score(TALES_PROMPT).logprobs, "<f8")
+        assert hashlib.sha256(scores.tobytes()).hexdigest() == TALES_SCORES_SHA256
+        assert model.generate(TALES_PROMPT, seed=1, max_new_tokens=24) == TALES_TEXT
 
 
 @needs_kernels
 @pytest.mark.skipif(sys.platform != "linux", reason="names the C library of Linux")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="names their registers")
 def test_rounding_that_the_caller_wants(tales_path: Path) -> None:
-    """It is his alone: the bits stay, of the workers too, and so does his mode."""
+    """Upward, or small numbers flushed to zero: it is the caller's alone. The bits stay, of the
+    workers too, and so does his mode."""
     script = """
 import ctypes, sys
-import tinygpt2
+import numpy, tinygpt2
 c = ctypes.CDLL("libm.so.6")
-upward, nearest, one = 0x800 if sys.argv[2] == "x86_64" else 0x400000, 0, float("1")
+is_x86 = sys.argv[2] == "x86_64"
+place, flush = (28, 0x8040) if is_x86 else (0, 1 << 24)  # in fenv_t: MXCSR, or FPCR
+upward = 0x800 if is_x86 else 0x400000
 model = tinygpt2.load(sys.argv[1], threads=2)
 ids = list(range(5, 300))
 def all_of_it():
-    return model.logits(ids).tobytes(), model.generate_ids(ids, seed=1, max_new_tokens=9)
-for mode in (upward, nearest):
-    assert c.fesetround(mode) == 0
-    first = all_of_it() if mode == upward else first
-    assert c.fegetround() == mode
-    print(one + 1e-30 > one, all_of_it() == first)
+    session = model.session()
+    session.feed(ids[:30])
+    result = session.complete(ids[30:50], seed=1, max_new_tokens=9, top_p=0.9, temperature=1.3)
+    return model.logits(ids).tobytes(), model.score(ids).logprobs, result
+def set_environment(change):
+    environment = ctypes.create_string_buffer(64)
+    assert c.fegetenv(environment) == 0
+    word = ctypes.c_uint32.from_buffer(environment, place)
+    word.value = change(word.value)
+    assert c.fesetenv(environment) == 0
+one, tiny = float("1"), float("1e-310")
+def mode():
+    return one + 1e-30 > one, tiny * one == 0
+first = all_of_it()
+print(*mode())
+assert c.fesetround(upward) == 0
+print(*mode(), all_of_it() == first, *mode())
+assert c.fesetround(0) == 0
+set_environment(lambda word: word | flush)
+print(*mode(), all_of_it() == first, *mode())
+set_environment(lambda word: word & ~flush)
+print(*mode(), all_of_it() == first)
 """
-    said = check_script(script, tales_path, platform.machine())
-    assert said == "True True\nFalse True\n"
+    lines = check_script(script, tales_path, platform.machine()).splitlines()
+    assert lines == [
+        "False False",
+        "True False True True False",
+        "False True True False True",
+        "False False True",
+    ]
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -286,36 +362,70 @@ def sampled(model: Model, ids: list[int], chunk: int) -> list[list[int]]:
     return answers
 
 
-@needs_kernels
-@pytest.mark.parametrize("name", ["work for every thread", TALES])
-def test_sampled_texts(tmp_path: Path, tales_path: Path, name: str) -> None:
-    """The same seed gives the same text, with every filter."""
-    path = tales_path
-    if name != TALES:
-        path = tmp_path / "m.tg2"
-        tinygpt2.convert(write_checkpoint(tmp_path, SHAPES[name], tokenizer=False), path)
-    ids = np.random.default_rng(8).integers(1000, size=20).tolist()
+def check_sampled_texts(path: Path, combinations: list[tuple[int, int]]) -> None:
+    """The same seed gives the same text, with every filter; another seed another text."""
+    ids = np.random.default_rng(8).integers(250, size=20).tolist()
     with opened(path) as model:
         expected = sampled(model, ids, 1)
         other = [model.generate_ids(ids, seed=99, max_new_tokens=8, **c) for c in CHOICES]
     assert [a == b for a, b in zip(expected, other)] == [c.get("temperature") == 0 for c in CHOICES]
     for isa in ISAS:
-        combinations = SOME if name != TALES else FEW
         for threads, chunk in combinations[1:2] if isa == "portable" else combinations:
             with opened(path, isa, threads, chunk) as model:
                 assert sampled(model, ids, chunk) == expected, (isa, threads, chunk)
 
 
 @needs_kernels
+def test_sampled_texts(toy_path: Path) -> None:
+    check_sampled_texts(toy_path, FEW)
+
+
+@needs_kernels
+@pytest.mark.slow
+def test_sampled_texts_of_the_default_model(tales_path: Path) -> None:
+    check_sampled_texts(tales_path, SOME)
+
+
+@needs_kernels
 @every_isa
-def test_scores(example: Example, isa: str) -> None:
+def test_texts_in_a_batch(toy_path: Path, isa: str) -> None:
+    """Each of several texts that share every pass is the text alone. Some of their prompts take
+    more passes than others."""
+    lengths = (1, 30, 2, 13)
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.1}
+    prompts = [[(7 * i + n) % 250 for i in range(n)] for n in lengths]
+    with opened(toy_path, isa, threads=2, chunk=17) as model:
+        alone = [model.complete(p, seed=i, **options) for i, p in enumerate(prompts)]
+        answers = [model.session().stream(p, seed=i, **options) for i, p in enumerate(prompts)]
+        while any(answer.finish_reason is None for answer in answers):
+            tinygpt2.advance(model, [a for a in answers if a.finish_reason is None])
+        assert [a.ids for a in answers] == [result.ids for result in alone]
+        assert [a.result().text for a in answers] == [result.text for result in alone]
+
+
+def check_scores(example: Example, isa: str, combinations: list[tuple[int, int]]) -> None:
     """The log-probabilities too, of a text that takes two windows but in the default model."""
-    ids = example.ids * 2 if example.name != TALES else example.ids[:40]
     with opened(example.path) as model:
+        n_windows = 1 if example.name == TALES else 2
+        ids = (example.ids * 5)[: model.config.n_positions * n_windows * 3 // 4]
+        ids = ids[:40] if example.name == TALES else ids
         expected = model.score(ids).logprobs
-    for threads, chunk in FEW[-1:] if isa == "portable" and example.name == TALES else FEW:
+    for threads, chunk in combinations:
         with opened(example.path, isa, threads, chunk) as model:
             assert model.score(ids).logprobs == expected
+
+
+@needs_kernels
+@every_isa
+def test_scores(example: Example, isa: str) -> None:
+    check_scores(example, isa, FASTEST[-1:])
+
+
+@needs_kernels
+@every_isa
+@pytest.mark.slow
+def test_scores_with_every_number_of_threads(example: Example, isa: str) -> None:
+    check_scores(example, isa, FEW[-1:] if isa == "portable" and example.name == TALES else FEW)
 
 
 # Against NumPy
@@ -331,7 +441,9 @@ def test_numpy_agrees(example: Example) -> None:
         theirs = model.score(example.ids).logprobs
     with opened(example.path) as model:
         ours = model.score(example.ids).logprobs
-    assert ours[0] is theirs[0] is None or model.config.eos_token_id is not None
+    # The first token has a score where the model has a token to put before it.
+    assert (ours[0] is None, theirs[0] is None) == (model.start_token is None,) * 2
+    assert None not in ours[1:] + theirs[1:]
     pairs = [(a, b) for a, b in zip(ours, theirs) if a is not None and b is not None]
     assert len(pairs) >= len(example.ids) - 1
     assert max(abs(a - b) for a, b in pairs) <= 2 * tolerance
@@ -362,30 +474,44 @@ def test_attention_to_huge_values(tmp_path: Path, isa: str) -> None:
 def test_numpy_gives_the_same_greedy_text(tales_path: Path) -> None:
     greedy: dict[str, Any] = {"temperature": 0, "max_new_tokens": 100}
     with tinygpt2.load(tales_path, backend="numpy") as model:
-        expected = model.generate_ids(PROMPT, **greedy)
-        logits = model.logits(model.encode(PROMPT) + expected)
+        expected = model.generate_ids(TALES_PROMPT, **greedy)
+        logits = model.logits(model.encode(TALES_PROMPT) + expected)
         best = np.sort(logits[-len(expected) - 1 : -1], axis=-1)
         # Rounding cannot decide here: the best token is ahead by more than both may be off.
         assert (best[:, -1] - best[:, -2]).min() > 2e-4 * largest(logits)
     assert len(set(expected)) > 20
     with opened(tales_path) as model:
-        assert model.generate_ids(PROMPT, **greedy) == expected
+        assert model.generate_ids(TALES_PROMPT, **greedy) == expected
 
 
 # Threads
 
 
-def in_threads(work: list[Callable[[], None]]) -> None:
-    threads = [threading.Thread(target=item, daemon=True) for item in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
+class Gate:
+    """Stops a thread in the middle of a forward pass: after the first part of pass number `stop`
+    (from 1). It is `inside` then, until `go` is set. Scripts that run elsewhere use its source."""
+
+    def __init__(self, model: tinygpt2.Model, stop: int = 1) -> None:
+        self.inside, self.go = threading.Event(), threading.Event()
+        self.passes, self.stop = 0, stop
+        library = model.backend.library  # type: ignore[attr-defined]
+        self.forward = library.tg_forward
+        library.tg_forward = self
+
+    def __call__(self, memory: object, spans: object, n_spans: int) -> object:
+        status = self.forward(memory, spans, n_spans)
+        self.passes += n_spans > 0
+        if n_spans > 0 and self.passes == self.stop:
+            self.inside.set()
+            assert self.go.wait(60)
+        return status
+
+
+WITH_GATE = f"import threading, tinygpt2\n{inspect.getsource(Gate)}"
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", slow([1, 3], [3]))
 def test_many_threads_with_a_session_each(tales_path: Path, threads: int) -> None:
     """One uses the pool, the others work alone: nobody's answer depends on it."""
     with opened(tales_path, threads=threads, chunk=16) as model:
@@ -406,87 +532,99 @@ def test_many_threads_with_a_session_each(tales_path: Path, threads: int) -> Non
     assert len({logits for _, logits in expected}) == 8
 
 
-def wait_until_busy(session: Session) -> None:
-    """Until another thread computes with it."""
-    stop = time.monotonic() + 30
-    while time.monotonic() < stop:
-        try:
-            session.rewind(0)
-        except StateError:
-            return
-        time.sleep(0.001)
-    raise AssertionError("the other thread never began, or was never in the way")
-
-
 @needs_kernels
-def test_two_threads_on_one_session(big_path: Path) -> None:
+def test_two_threads_on_one_session(tales_path: Path) -> None:
     """Whoever comes second is told so, and changes nothing for the first."""
-    with opened(big_path, threads=2) as model:
-        ids = [i % 256 for i in range(600)]
+    with opened(tales_path, threads=2) as model:
+        ids = [i % 256 for i in range(400)]
         expected = fed(model, ids).logits
-        session = model.session()
+        session, gate = model.session(), Gate(model)
         thread = threading.Thread(target=session.feed, args=[ids])
         thread.start()
-        wait_until_busy(session)
+        assert gate.inside.wait(60)
         uses: list[Callable[[], Any]] = [
             lambda: session.feed([1]),
             lambda: session.rewind(1),
             lambda: session.logits,
             lambda: session.generate(max_new_tokens=1),
+            session.fork,
         ]
         for use in uses:
             with pytest.raises(StateError, match="in use by another thread"):
                 use()
-        assert thread.is_alive()
+        gate.go.set()
         thread.join()
         assert session.tokens == ids
         assert_same_bits(session.logits, expected)
 
 
 @needs_kernels
-def test_two_threads_on_one_cache(tales_path: Path) -> None:
+def test_two_threads_on_one_pass(tales_path: Path) -> None:
     """Below the session, C looks for itself: an error at worst."""
     with opened(tales_path, threads=2) as model:
         backend, ids = model.backend, list(range(200))
-        cache: Any = backend.new_cache()
+        expected = model.logits(ids)
+        workspace: Any = backend.new_workspace()
         outcomes: set[str] = set()
         stop = time.monotonic() + 30
 
         def work() -> None:
+            cache = backend.new_cache()
             while time.monotonic() < stop and "StateError" not in outcomes:
                 try:
-                    backend.forward(cache, ids, 0, 1)
+                    backend.forward(workspace, [Span(cache, ids, 0, 1)])
                 except TinyGPT2Error as error:
                     outcomes.add(type(error).__name__)
 
         in_threads([work] * 4)
         assert "StateError" in outcomes
+        after = backend.forward(workspace, [Span(backend.new_cache(), ids, 0, len(ids))])
+        assert_same_bits(after.array(), expected)
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", ISAS[:: len(ISAS) - 1] if len(ISAS) > 1 else ISAS)
+@pytest.mark.parametrize("isa", sorted({ISAS[0], ISAS[-1]}))
 def test_other_threads_keep_running(big_path: Path, isa: str) -> None:
-    """A thread that wakes up each millisecond. If C kept Python's lock, it could do so once in the
-    20 milliseconds that a call lasts, which is the most that C does at a time."""
-    with opened(big_path, isa) as model:
-        session, ids = model.session(), [i % 256 for i in range(8 if isa == "portable" else 200)]
-        ticks, is_done = 0, threading.Event()
-
-        def tick() -> None:
-            nonlocal ticks
-            while not is_done.wait(0.001):
-                ticks += 1
-
-        thread = threading.Thread(target=tick)
-        thread.start()
-        start = time.monotonic()
-        while time.monotonic() < start + 1:
-            session.rewind(len(session.tokens))
-            session.feed(ids)
-        duration = time.monotonic() - start
-        is_done.set()
-        thread.join()
-    assert ticks > duration / 0.007
+    """While C computes, and it does so for 20 milliseconds or so at a time, which is why an
+    interrupt is noticed soon. Python itself never switches between threads here. So what another
+    thread does, it does while C computes without Python's lock. Times are those of the processor.
+    """
+    script = """
+import sys, threading, time
+import tinygpt2
+sys.setswitchinterval(1000)
+ticks, is_done, used, moved = 0, threading.Event(), [], []
+def tick():
+    global ticks
+    while not is_done.is_set():
+        ticks += 1
+        time.sleep(0.0005)
+model = tinygpt2.load(sys.argv[1], backend="c", threads=1)
+library = model.backend.library
+forward = library.tg_forward
+def measured(*arguments):
+    before, start = ticks, time.thread_time()
+    status = forward(*arguments)
+    used.append(time.thread_time() - start)
+    moved.append(ticks > before)
+    return status
+library.tg_forward = measured
+thread = threading.Thread(target=tick)
+thread.start()
+session = model.session()
+while len(used) < 9:
+    session.rewind(len(session))
+    session.feed([i % 256 for i in range(int(sys.argv[2]))])
+is_done.set()
+thread.join()
+print(sum(moved) / len(moved), sorted(used)[len(used) // 2], max(used))
+"""
+    length = 8 if isa == "portable" else 100  # with 500, one step takes 0.1 s on a slow processor
+    said = check_script(script, big_path, length, TINYGPT2_ISA=isa)
+    moved, usually, longest = map(float, said.split())
+    assert moved > 0.5
+    assert usually < 0.04
+    assert longest < 0.1
 
 
 CLEAN = {name: text for name, text in os.environ.items() if not name.startswith("TINYGPT2_")}
@@ -558,16 +696,15 @@ model.generate("Once", max_new_tokens=20, seed=1)
 assert len(os.listdir("/proc/self/task")) == 4
 time.sleep(0.05)
 before = used()
-time.sleep(1)
+time.sleep(0.5)
 print(used() - before)
 """
     assert float(check_script(script, tales_path)) < 0.02
 
 
-# Each answer to Ctrl-C is timed inside the process, from just before the signal is sent to when
-# the call that was computing has returned. Where other programs wait for the processors too, it
-# takes as much longer as it waits: so the time that counts is that of the processors, the median
-# of nine. On the clock, the best of them must not be far from it.
+# What an answer to Ctrl-C takes is measured inside the process, from just before the signal is sent
+# to when the call that was computing has returned. Where other programs wait for the processors
+# too, the clock would measure them. So it is the time of the processors, the median of five.
 CTRL_C = """
 import os, signal, statistics, sys, threading, time
 import tinygpt2
@@ -576,15 +713,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may
 model = tinygpt2.load(path, backend="c", threads=threads)
 ids = [37 * i % 256 for i in range(model.config.n_positions)]
 session = model.session()
-delays, used, sent = [], [], []
+used, sent = [], []
 
 def interrupt(wait):
     time.sleep(wait)
-    sent.append((time.monotonic(), time.process_time()))
+    sent.append(time.process_time())
     os.kill(os.getpid(), signal.SIGINT)
 
-for number in range(9):
-    thread = threading.Thread(target=interrupt, args=[0.1 + 0.013 * number])
+for number in range(5):
+    thread = threading.Thread(target=interrupt, args=[0.05 + 0.013 * number])
     session.rewind(len(session.tokens))
     try:
         thread.start()
@@ -592,27 +729,24 @@ for number in range(9):
             session.feed(ids)
             session.rewind(len(ids))
     except KeyboardInterrupt:
-        delays.append(time.monotonic() - sent[-1][0])
-        used.append((time.process_time() - sent[-1][1]) / threads)
+        used.append((time.process_time() - sent[-1]) / threads)
     thread.join()
 session.feed(ids[len(session.tokens):count])
 session.rewind(len(session.tokens) - count)
 fresh = model.session()
 fresh.feed(ids[:count])
 assert session.logits.tobytes() == fresh.logits.tobytes()
-print(statistics.median(used), min(delays))
+print(statistics.median(used))
 """
 
 
 @needs_kernels
+@pytest.mark.slow
 @pytest.mark.parametrize(("isa", "threads"), [(ISAS[0], 1), (ISAS[0], 2), (ISAS[-1], 1)])
 def test_ctrl_c_stops_a_long_prompt(big_path: Path, isa: str, threads: int) -> None:
     """Within 100 ms; after that the session can go on, to the same logits."""
     count = 8 if isa == "portable" else 1024
-    times = check_script(CTRL_C, big_path, threads, count, TINYGPT2_ISA=isa)
-    used, shortest = map(float, times.split())
-    assert used < 0.1
-    assert shortest < 0.5
+    assert float(check_script(CTRL_C, big_path, threads, count, TINYGPT2_ISA=isa)) < 0.1
 
 
 # Forks
@@ -639,6 +773,7 @@ expected = [answer(seed) for seed in range(4)]
 
 @needs_kernels
 @needs_fork
+@pytest.mark.slow
 def test_200_forks_while_two_threads_generate(tales_path: Path) -> None:
     """Every child has a pool of its own, of one thread beside its only one."""
     script = f"""{ANSWER}
@@ -691,39 +826,36 @@ assert texts == [model.generate("Once upon a time", seed=5, max_new_tokens=20)] 
 @needs_kernels
 @needs_fork
 def test_a_fork_in_the_middle_of_a_forward_pass(big_path: Path) -> None:
-    """Another thread forks: its child has neither the pool nor the thread that was computing."""
-    script = f"""{ANSWER}
+    """Another thread forks: its child has neither the pool nor the thread that was computing. The
+    first child is forked between two calls of C, the others somewhere in them."""
+    script = f"""{WITH_GATE}{ANSWER}
 ids = [i % 256 for i in range(400)]
-session, codes = model.session(), []
+fresh, session, codes = model.session(), model.session(), []
+fresh.feed(ids)
 def in_child():
     try:
         session.feed([1])  # whoever computes with it is not in this process
         return False
     except tinygpt2.StateError:
         return answer(2) == expected[2]
-def fork_later(wait):
-    while not session._lock.locked():
-        time.sleep(0.001)
-    time.sleep(wait)
-    codes.append(os.waitpid(fork(in_child), 0)[1])
-answers = set()
-for number in range(4):
-    thread = threading.Thread(target=fork_later, args=[0.01 * number])
-    thread.start()
-    session.feed(ids)
-    answers.add(session.logits.tobytes())
-    thread.join()
-    session.rewind(len(ids))
-assert codes == [0] * 4, codes
-session.feed(ids)
-answers.add(session.logits.tobytes())
-assert len(answers) == 1
+gate = Gate(model)
+thread = threading.Thread(target=session.feed, args=[ids])
+thread.start()
+assert gate.inside.wait(60)
+codes.append(os.waitpid(fork(in_child), 0)[1])
+gate.go.set()
+children = [fork(lambda: answer(2) == expected[2]) for _ in range(4)]
+codes += [os.waitpid(child, 0)[1] for child in children]
+thread.join()
+assert codes == [0] * 5, codes
+assert session.logits.tobytes() == fresh.logits.tobytes()
 """
     check_script(script, big_path)
 
 
 @needs_kernels
 @needs_fork
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_multiprocessing(tmp_path: Path, tales_path: Path, method: str) -> None:
     script = tmp_path / "script.py"
@@ -758,6 +890,7 @@ if __name__ == "__main__":
 
 @needs_kernels
 @needs_proc
+@pytest.mark.slow
 def test_a_thousand_sessions_leave_nothing_behind(toy_path: Path) -> None:
     """Half of the sessions are closed, the others only dropped; of the models the same. A round may
     need more memory than the one before it, but not most of them, as they would with a leak."""
@@ -803,6 +936,7 @@ for work, count in ((use_sessions, 250), (use_models, 50)):
 
 
 @needs_kernels
+@pytest.mark.slow
 def test_any_order_of_closing_and_dropping(tales_path: Path) -> None:
     """What is closed says so; logits that are still looked at keep what they lie in."""
     script = """
@@ -814,7 +948,7 @@ def check(call):
     except tinygpt2.StateError:
         return
     raise AssertionError("it is closed")
-names = ["model", "session", "stream", "row"]
+names = ["model", "session", "stream", "logits"]
 rows = set()
 for how, order in itertools.product(["close", "drop"], itertools.permutations(names)):
     model = tinygpt2.load(sys.argv[1], backend="c", threads=2)
@@ -822,20 +956,26 @@ for how, order in itertools.product(["close", "drop"], itertools.permutations(na
     session.feed([1, 2, 3])
     stream = session.stream(seed=1)
     next(stream)
-    backend = model.backend
-    (row,) = backend.forward(backend.new_cache(), [4, 5, 6], 0, 1)
-    things = {"model": model, "session": session, "stream": stream, "row": row}
-    del model, session, stream, row, backend
+    backend, workspace = model.backend, model.backend.new_workspace()
+    logits = backend.forward(workspace, [tinygpt2.Span(backend.new_cache(), [4, 5, 6], 0, 1)])
+    things = {"model": model, "session": session, "stream": stream, "logits": logits}
+    del model, session, stream, logits, backend, workspace
     for name in order:
-        if how == "close" and name != "row":
+        if name == "logits":
+            rows.add(things.pop(name).array().tobytes())
+        elif name == "stream":
+            if how == "close" and order.index(name) > min(map(order.index, ["model", "session"])):
+                check(lambda: next(things[name]))
+            else:
+                next(things[name])
+            del things[name]
+        elif how == "close":
             things[name].close()
             things[name].close()
             if name == "session":
                 check(lambda: things[name].feed([1]))
             if name == "model":
                 check(lambda: things[name].generate("a"))
-        elif name == "row":
-            rows.add(things.pop(name).tobytes())
         else:
             del things[name]
         gc.collect()
@@ -847,43 +987,43 @@ assert len(rows) == 1
 @needs_kernels
 @pytest.mark.parametrize("what", ["session", "model"])
 def test_closed_by_another_thread_in_the_middle_of_a_forward_pass(
-    big_path: Path, what: str
+    tales_path: Path, what: str
 ) -> None:
-    script = """
-import gc, sys, threading, time
-import tinygpt2
+    """A prompt of three passes ends after the one in which it is closed. The third is its last, so
+    that one is not in vain."""
+    script = f"""{WITH_GATE}
+import gc, sys
 path, what = sys.argv[1:]
 outcomes = []
 def work(session):
     try:
-        session.feed([1] * 700)
+        session.feed([1] * 300)
         outcomes.append("fed")
     except tinygpt2.StateError:
         outcomes.append("closed")
-for number in range(6):
+for stop in (1, 2, 3):
     model = tinygpt2.load(path, backend="c", threads=2)
-    session = model.session()
+    model.backend.chunk = 100
+    session, gate = model.session(), Gate(model, stop)
     thread = threading.Thread(target=work, args=[session])
     thread.start()
-    while not session._lock.locked():
-        time.sleep(0.001)
-    time.sleep(0.01 * number)
+    assert gate.inside.wait(60)
     for _ in range(2):
         (session if what == "session" else model).close()
     try:
         session.feed([1])
-        raise AssertionError("it is closed")
+        raise AssertionError("it is closed, or in use")
     except tinygpt2.StateError:
         pass
-    if number % 2:
+    if stop % 2:
         del model, session
         gc.collect()
+    gate.go.set()
     thread.join()
+    outcomes.append(gate.passes)
 print(*outcomes)
 """
-    outcomes = check_script(script, big_path, what).split()
-    assert len(outcomes) == 6
-    assert set(outcomes) <= {"fed", "closed"}
+    assert check_script(script, tales_path, what) == "closed 1 closed 2 fed 3\n"
 
 
 @needs_kernels
@@ -891,24 +1031,26 @@ print(*outcomes)
 def test_the_end_of_the_process_is_quiet(big_path: Path, computing: bool) -> None:
     """With everything open, and with threads that nobody waits for in the middle of their work."""
     script = """
-import sys, threading, time
+import sys, threading
 import tinygpt2
 model = tinygpt2.load(sys.argv[1], backend="c", threads=2)
 session, other = model.session(), model.session()
 session.feed([1, 2, 3])
 stream = other.stream(seed=1)
 next(stream)
-def work():
+started = [threading.Event() for _ in range(2)]
+def work(event):
     own = model.session()
     while True:
         own.feed([1] * 300)
         own.rewind(300)
+        event.set()
 if sys.argv[2] == "True":
-    for _ in range(2):
-        threading.Thread(target=work, daemon=True).start()
-    time.sleep(0.1)
+    for event in started:
+        threading.Thread(target=work, args=[event], daemon=True).start()
+    assert all(event.wait(60) for event in started)
 """
-    for _ in range(3):
+    for _ in range(2):
         check_script(script, big_path, computing)
 
 
@@ -944,10 +1086,11 @@ VARIABLES = [
 
 
 @needs_kernels
-@pytest.mark.parametrize(("name", "value"), VARIABLES)
+@pytest.mark.parametrize("variable", slow(VARIABLES, VARIABLES[::4]), ids=ascii)
 def test_a_wrong_variable(
-    toy_path: Path, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+    toy_path: Path, variable: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name, value = variable
     expected = {"TINYGPT2_ISA": " or ".join(ISAS), "TINYGPT2_THREADS": "a whole number from 1 to"}
     texts = [f"{name}: expected {expected[name]}", f"found {value!r}"]
     monkeypatch.setenv(name, value)
@@ -1008,21 +1151,6 @@ def test_a_wrong_backend(toy_path: Path, backend: Any) -> None:
         tinygpt2.load(toy_path, backend=backend)
 
 
-@pytest.mark.parametrize("arguments", ["--threads 0", "--threads -1", "--threads x"])
-def test_wrong_threads_on_the_command_line(toy_path: Path, arguments: str) -> None:
-    code, out, err = run_command(["--model", toy_path, "--prompt", "a", *arguments.split()])
-    assert (code, out) == (2, "")
-    assert "threads" in err
-    assert "Traceback" not in err
-
-
-def test_a_wrong_backend_on_the_command_line(toy_path: Path) -> None:
-    code, out, err = run_command(["--model", toy_path, "--prompt", "a", "--backend", "cuda"])
-    assert (code, out) == (2, "")
-    assert "--backend" in err
-    assert "Traceback" not in err
-
-
 def other_architecture(library: bytes) -> bytes:
     """The same in the header of an ELF file, but for the machine that it is for."""
     arm, x86 = (183).to_bytes(2, "little"), (62).to_bytes(2, "little")
@@ -1058,7 +1186,7 @@ KINDS += ["text", "folder", "pipe"]
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow(KINDS, ["another version", "cut off"]))
 def test_a_wrong_library(tmp_path: Path, toy_path: Path, kind: str) -> None:
     """An error that names the file and what to do, whichever way it is asked for; not so NumPy."""
     source = (ROOT / "tinygpt2.py").read_text("utf-8")
@@ -1087,6 +1215,7 @@ def test_a_wrong_library(tmp_path: Path, toy_path: Path, kind: str) -> None:
 
 @needs_kernels
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="others have vectors, all of them")
+@pytest.mark.slow
 def test_a_processor_without_vectors_computes_in_numpy(tmp_path: Path, toy_path: Path) -> None:
     """Unless there is none, or one asks for C: the kernels in portable C are the slower ones."""
     for name in ("tinygpt2.py", "build.py", "kernels.c"):
@@ -1113,17 +1242,27 @@ print(tinygpt2.load(sys.argv[2]).backend.name)
 def test_the_file_alone_computes_in_numpy(tmp_path: Path, toy_path: Path) -> None:
     shutil.copy(ROOT / "tinygpt2.py", tmp_path)
     script = """
-import json, sys
+import json, logging, sys
 sys.path.insert(0, sys.argv[1])
 import tinygpt2
+logged = []
+class Handler(logging.Handler):
+    def emit(self, record):
+        logged.append(record.getMessage())
+logging.getLogger("tinygpt2").addHandler(Handler())
+logging.getLogger("tinygpt2").setLevel("INFO")
+tinygpt2.load(sys.argv[2], backend="numpy").close()
+assert not logged
 model = tinygpt2.load(sys.argv[2])
 try:
     tinygpt2.load(sys.argv[2], backend="c")
 except tinygpt2.TinyGPT2Error as error:
     text = type(error).__name__ + ": " + str(error)
-print(json.dumps([tinygpt2.__file__, tinygpt2.library_path(), model.backend.name, text]))
+print(json.dumps([tinygpt2.__file__, tinygpt2.library_path(), model.backend.name, text, logged]))
 """
-    file, path, backend, error = json.loads(check_script(script, tmp_path, toy_path))
+    said = check_script(script, tmp_path, toy_path)
+    file, path, backend, error, (logged,) = json.loads(said)
+    assert logged.startswith("NumPy computes, and not the kernels: there is no ")
     assert (file, path, backend) == (str(tmp_path / "tinygpt2.py"), None, "numpy")
     assert error.startswith(f"TinyGPT2Error: backend c: no {tinygpt2.LIBRARY} beside {file}")
     assert "python build.py" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import struct
@@ -273,7 +274,7 @@ def test_progress_is_told(tmp_path: Path, weights: Weights) -> None:
     folder, told = write_checkpoint(tmp_path / "plain", CONFIG, weights), []
     out = tmp_path / "out.tg2"
     tinygpt2.convert(folder, out, lambda label, done, total: told.append((label, done, total)))
-    assert {label for label, _, _ in told} == {"converting"}
+    assert {label for label, _, _ in told} == {"writing"}
     assert {total for _, _, total in told} == {out.stat().st_size}
     assert [done for _, done, _ in told] == sorted({done for _, done, _ in told})
     assert told[-1][1] == out.stat().st_size
@@ -287,26 +288,71 @@ def converted_config(folder: Path) -> tinygpt2.Config:
         return model.config
 
 
+GPT2_CONFIG: dict[str, Any] = {  # of GPT-2 124M, whose config.json may be empty
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_inner": 3072,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "bos_token_id": 50256,
+    "eos_token_ids": (50256,),
+    "n_merges": None,
+    "n_token_bytes": 0,
+    "special_tokens": {},
+    "add_prefix_space": False,
+    "pre_tokenizer": "gpt2",
+}
+
+
 def test_defaults_are_those_of_gpt2(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 11, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 3}
-    folder = write_checkpoint(tmp_path / "bare", sizes, tokenizer=False)
-    (folder / "config.json").write_text(json.dumps(sizes), "utf-8")
-    assert converted_config(folder) == tinygpt2.Config(
-        **sizes,
-        n_inner=16,
-        activation_function="gelu_new",
-        layer_norm_epsilon=1e-5,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        tie_word_embeddings=True,
-        bos_token_id=None,  # GPT-2's own is beyond this vocabulary
-        eos_token_id=None,
-        n_merges=None,
-        n_token_bytes=0,
-        special_tokens={},
-        add_prefix_space=False,
-        pre_tokenizer="gpt2",
-    )
+    path = tmp_path / "config.json"
+    path.write_text("{}", "utf-8")
+    config = tinygpt2.load_companion("convert").checkpoint_config(str(path), None)
+    assert config == tinygpt2.Config(**GPT2_CONFIG)
+
+
+@pytest.mark.slow
+def test_defaults_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    theirs = transformers.GPT2Config().to_dict()
+    defaults = tinygpt2.load_companion("convert").GPT2_DEFAULTS
+    assert {name: theirs[name] for name in defaults} == defaults
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [
+        ("vocab_size", {}, 50257),
+        ("n_positions", {}, 1024),
+        ("n_embd", {"n_inner": 2}, 768),
+        ("n_layer", {}, 12),
+        ("n_head", {"n_embd": 12}, 12),
+        ("n_inner", {}, 16),
+        ("activation_function", {}, "gelu_new"),
+        ("layer_norm_epsilon", {}, 1e-5),
+        ("scale_attn_weights", {}, True),
+        ("scale_attn_by_inverse_layer_idx", {}, False),
+        ("tie_word_embeddings", {}, True),
+    ],
+)
+def test_a_value_that_is_left_out(
+    tmp_path: Path, name: str, sizes: dict[str, int], expected: object
+) -> None:
+    """The weights have the default's shapes, and only config.json lacks the value."""
+    given = {"vocab_size": 11, "n_positions": 3, "n_embd": 4, "n_layer": 1, "n_head": 2, **sizes}
+    given.pop(name, None)
+    weights = random_weights({**given, name: expected})
+    folder = write_checkpoint(tmp_path / "m", given, weights, tokenizer=False)
+    (folder / "config.json").write_text(json.dumps(given), "utf-8")
+    config = converted_config(folder)
+    assert getattr(config, name) == expected
+    assert {other: getattr(config, other) for other in given} == given
 
 
 @pytest.mark.parametrize(
@@ -321,10 +367,10 @@ def test_defaults_are_those_of_gpt2(tmp_path: Path) -> None:
         ("layer_norm_epsilon", 1e-12, 1e-12),
         ("scale_attn_weights", False, False),
         ("scale_attn_by_inverse_layer_idx", True, True),
+        ("bos_token_id", None, None),
         ("bos_token_id", 3, 3),
-        ("eos_token_id", None, None),
-        ("eos_token_id", 269, 269),
-        ("eos_token_id", 270, None),
+        ("bos_token_id", 269, 269),
+        ("bos_token_id", 270, None),
     ],
 )
 def test_configuration_is_kept(
@@ -333,6 +379,33 @@ def test_configuration_is_kept(
     config = converted_config(write_checkpoint(tmp_path / "m", {**CONFIG, name: value}, weights))
     assert getattr(config, name) == expected
     assert type(getattr(config, name)) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, ()),
+        (0, (0,)),
+        (269, (269,)),
+        (270, ()),
+        ([], ()),
+        ([264], (264,)),
+        ([264, 3], (264, 3)),
+        ([50256, 264, 270, 3, 264, 3], (264, 3)),
+        ([50256], ()),
+    ],
+    ids=str,
+)
+def test_end_tokens(
+    tmp_path: Path, weights: Weights, value: object, expected: tuple[int, ...]
+) -> None:
+    """One or several; ids beyond the vocabulary are left out, and each is kept once."""
+    folder = write_checkpoint(tmp_path / "m", {**CONFIG, "eos_token_id": value}, weights)
+    assert converted_config(folder).eos_token_ids == expected
+    metadata, _ = read_safetensors(tmp_path / "out.tg2")
+    config = json.loads(metadata["config"])
+    assert config["eos_token_ids"] == list(expected)
+    assert "eos_token_id" not in config
 
 
 # The tokenizer
@@ -473,6 +546,7 @@ CUTTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated"}
 WORDPIECE = {"type": "WordPiece", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
 INDEX = "model.safetensors.index.json"
+BAD_TOKENS: list[object] = [-1, 1.0, True, "264", {}, [264, -1], [264, None], [True], [[264]]]
 REFUSALS: dict[str, tuple[Spoil, str, str]] = {
     "no config": (without("config.json"), "config.json", "file"),
     "config is not JSON": (text("config.json", "{"), "config.json", "content"),
@@ -510,7 +584,9 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
             ("scale_attn_weights", 1),
             ("tie_word_embeddings", None),
             ("bos_token_id", -1),
-            ("eos_token_id", [264]),
+            ("n_embd", 131_073),
+            ("n_positions", 2**24 + 1),
+            *zip(["eos_token_id"] * len(BAD_TOKENS), BAD_TOKENS),
         ]
     },
     "no weights": (without("model.safetensors"), "model.safetensors", "checkpoint"),
@@ -519,13 +595,9 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
     "weights empty": (text("model.safetensors", ""), "model.safetensors", "file"),
     **{
         f"{name} lacking": (lacking(name), "model.safetensors", f"tensor {name}")
-        for name in ("wte.weight", "wpe.weight", "lm_head.weight", "h.1.mlp.c_proj.weight")
+        for name in random_weights(CONFIG)
+        if not name.endswith(".bias")
     },
-    "layer norm lacking": (
-        lacking("h.0.ln_2.weight"),
-        "model.safetensors",
-        "tensor h.0.ln_2.weight",
-    ),
     **{
         f"{name} of another shape": (tensor(name, make), "model.safetensors", f"tensor {name}")
         for name, make in [
@@ -704,7 +776,7 @@ def test_advice_for_pickled_weights(tmp_path: Path, weights: Weights) -> None:
 
 
 def test_source_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(tinygpt2.FormatError, match="name the folder that holds it") as caught:
+    with pytest.raises(tinygpt2.FormatError, match="name the folder that contains it") as caught:
         tinygpt2.convert(tmp_path / "none", tmp_path / "out.tg2")
     assert caught.value.field == "checkpoint"
 
@@ -717,6 +789,11 @@ def make_folder(out: Path) -> Path:
     return out
 
 
+def make_fifo(out: Path) -> Path:
+    os.mkfifo(out)
+    return out
+
+
 def make_nothing(out: Path) -> Path:
     return out
 
@@ -726,10 +803,12 @@ def make_nothing(out: Path) -> Path:
     [
         ("none/out.tg2", make_nothing, "No such file or directory"),
         ("folder", make_folder, "Is a directory"),
+        ("fifo", make_fifo, "not a regular file"),
         ("nul\0.tg2", make_nothing, "null byte"),
+        ("\ud800.tg2", make_nothing, "surrogate"),
         ("n" * 300, make_nothing, "File name too long"),
     ],
-    ids=["no folder", "a folder", "NUL", "long name"],
+    ids=["no folder", "a folder", "a pipe", "NUL", "surrogate", "long name"],
 )
 def test_place_that_cannot_be_written(
     tmp_path: Path, weights: Weights, out: str, make: Callable[[Path], Path], reason: str
@@ -741,6 +820,26 @@ def test_place_that_cannot_be_written(
         tinygpt2.convert(folder, place)
     assert ": cannot write: " in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("value", [None, 5, 1.5, b"a", ["a"], {}], ids=repr)
+def test_arguments_that_are_no_paths(tmp_path: Path, weights: Weights, value: Any) -> None:
+    folder = write_checkpoint(tmp_path / "m", CONFIG, weights)
+    convert = tinygpt2.load_companion("convert").convert  # a compiled tinygpt2 checks types itself
+    with pytest.raises(tinygpt2.InputError, match="source: expected a path, found"):
+        convert(value, tmp_path / "out.tg2")
+    with pytest.raises(tinygpt2.InputError, match="out: expected a path, found"):
+        convert(folder, value)
+    assert sorted(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("source", ["nul\0", "\ud800", "n" * 300], ids=ascii)
+def test_sources_that_cannot_exist(tmp_path: Path, source: str) -> None:
+    with pytest.raises(tinygpt2.FormatError) as caught:
+        tinygpt2.convert(tmp_path / source, tmp_path / "out.tg2")
+    assert caught.value.field == "checkpoint"
+    assert str(caught.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
 
 
 CONVERT = """if True:
@@ -797,6 +896,19 @@ def test_full_disk(tmp_path: Path, weights: Weights, room: int) -> None:
     assert [(path.name, path.read_bytes()) for path in out.parent.iterdir()] == [
         ("model.tg2", b"old")
     ]
+
+
+def test_what_was_written_is_checked(tmp_path: Path) -> None:
+    """Even if a configuration that contradicts itself came so far, no file of it would be there."""
+    companion = tinygpt2.load_companion("convert")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, "n_head": 3}), "utf-8")
+    config = companion.checkpoint_config(str(path), None)._replace(n_head=4)
+    sizes = [tinygpt2.byte_size(*entry) for entry in tinygpt2.layout(config).values()]
+    with pytest.raises(tinygpt2.FormatError) as caught:
+        companion.write_tg2(str(tmp_path / "out.tg2"), config, iter([bytes(sum(sizes))]), None)
+    assert caught.value.field == "config n_head"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_interrupted(tmp_path: Path, weights: Weights) -> None:
@@ -868,10 +980,11 @@ def test_lm_buddy(data: Path, tmp_path: Path) -> None:
     assert_same_bits(stored_weights(tmp_path / "fake.tg2"), expected)
     with tinygpt2.load(tmp_path / "fake.tg2") as model:
         assert model.encode("Hello world") == [15496, 995]
-        assert model.encode(END, special=True) == [50256] == [model.config.eos_token_id]
+        assert model.encode(END, special=True) == [50256] == [*model.config.eos_token_ids]
         assert np.isfinite(model.logits([15496, 995])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False], ids=["tied, one file", "untied, shards"])
 def test_save_pretrained(data: Path, tmp_path: Path, tied: bool) -> None:
     torch = pytest.importorskip("torch", reason="needs it, to save a model with transformers")
@@ -896,7 +1009,7 @@ def test_save_pretrained(data: Path, tmp_path: Path, tied: bool) -> None:
     out = convert(tmp_path / "m")
     assert_same_bits(stored_weights(out), expected)
     with tinygpt2.load(out) as ours:
-        assert ours.config.eos_token_id == 50256
+        assert ours.config.eos_token_ids == (50256,)
         for text in (
             "Hello world",
             " It's 3.14 \u2013 naïve\n\n  done ",

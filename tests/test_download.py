@@ -169,8 +169,18 @@ class Hub:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty hub, and an environment in which the module knows of nothing else."""
+def converter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vendor/convert.py, loaded once, so that a test can change its constants."""
+    module = tinygpt2.load_companion("convert")
+    monkeypatch.setattr(tinygpt2, "load_companion", lambda name: module)
+    monkeypatch.setattr(module, "ATTEMPTS", 2)
+    monkeypatch.setattr(module, "PAUSE", 0.01)
+    return module
+
+
+@pytest.fixture
+def hub(tmp_path: Path, converter: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub, in an environment that names no other hub and no cache."""
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     hub = Hub(Site(), Site())
@@ -178,7 +188,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_ENDPOINT", hub.front.url)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(tinygpt2, "ATTEMPTS", 2)
     yield hub
     hub.front.stop()
     hub.storage.stop()
@@ -308,7 +317,7 @@ def test_download_equals_conversion(
     assert out.read_bytes() == converted(folder)
     assert set(left_behind(out)) == {out.name}
     labels = {label for label, _, _ in seen}
-    assert labels > {"converting", "config.json"}
+    assert labels > {"writing", "config.json"}
     weights = {path.stat().st_size for path in folder.glob("*.safetensors")}
     assert weights <= {total for _, done, total in seen if done == total}
     assert all(0 < done <= total for _, done, total in seen)
@@ -359,9 +368,9 @@ def test_renamed_repository(hub: Hub, source: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("way", ["end", "reset", "silence"])
 def test_broken_connection_is_taken_up_again(
-    hub: Hub, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    hub: Hub, source: Path, out: Path, converter: Any, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr(tinygpt2, "TIMEOUT", 0.5)
+    monkeypatch.setattr(converter, "TIMEOUT", 0.5)
     hub.publish(source)
     half = len(hub.weights.content) // 2
     hub.weights.breaks = [(half, way)]
@@ -374,9 +383,9 @@ def test_broken_connection_is_taken_up_again(
 
 @pytest.mark.parametrize("way", ["end", "reset", "silence"])
 def test_message_says_how_much_arrived(
-    hub: Hub, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    hub: Hub, source: Path, out: Path, converter: Any, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr(tinygpt2, "TIMEOUT", 0.5)
+    monkeypatch.setattr(converter, "TIMEOUT", 0.5)
     hub.publish(source)
     hub.weights.breaks = [(1000, way)] * 2
     fails(out, rf"{WEIGHTS}.*\b\d+ of {len(hub.weights.content)} bytes.*run the same again")
@@ -457,20 +466,20 @@ def test_endpoint_that_is_none(
 
 @pytest.mark.parametrize(
     ("status", "pattern"),
-    [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (404, "check the name"), (410, "410"), (416, "416")],
+    [
+        (401, "check the name.*HF_TOKEN"),
+        (403, "HF_TOKEN"),
+        (404, "check the name"),
+        (410, "410"),
+        (416, "416"),
+    ],
 )
 def test_refusal_is_final(hub: Hub, source: Path, out: Path, status: int, pattern: str) -> None:
+    """The hub answers 401 for a repository that does not exist, too."""
     hub.publish(source)
     hub.page("config.json").failures = [status]
     fails(out, f"{NAME}/resolve/main/config.json.*{pattern}")
     assert len(hub.front.requests) == 1
-
-
-def test_unknown_repository_may_be_a_wrong_name(hub: Hub, source: Path, out: Path) -> None:
-    """The hub answers 401 for a repository that does not exist."""
-    hub.publish(source)
-    hub.page("config.json").failures = [401]
-    fails(out, "check the name")
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
@@ -595,6 +604,28 @@ def test_hostile_name(hub: Hub, out: Path, name: str) -> None:
 def test_hostile_revision(hub: Hub, out: Path, revision: str) -> None:
     with pytest.raises(tinygpt2.InputError, match="revision"):
         tinygpt2.download(NAME, out, revision)
+    assert hub.front.requests == []
+
+
+@pytest.mark.parametrize("value", [None, 5, b"gpt2", ["gpt2"]])
+def test_arguments_of_another_type(hub: Hub, out: Path, value: Any) -> None:
+    with pytest.raises(tinygpt2.InputError, match="model name"):
+        tinygpt2.download(value, out)
+    with pytest.raises(tinygpt2.InputError, match="revision"):
+        tinygpt2.download(NAME, out, value)
+    assert hub.front.requests == []
+
+
+@pytest.mark.parametrize("place", [None, 5, 1.5, ["a"], "nul\0.tg2", "\ud800.tg2"], ids=ascii)
+def test_place_that_is_no_path(
+    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
+) -> None:
+    hub.publish(source)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(tinygpt2.InputError, match="out: expected a path"):
+        tinygpt2.download(NAME, place)
+    assert sorted(tmp_path.iterdir()) == before
     assert hub.front.requests == []
 
 

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, random_weights, write_checkpoint
+from conftest import (
+    SHAPES,
+    TOY,
+    UNTIED,
+    Shape,
+    largest,
+    random_weights,
+    run_python,
+    write_checkpoint,
+)
 
 import tinygpt2
 
 Weights = dict[str, np.ndarray]
+
+
+def slow(*values: Any) -> list[Any]:
+    """Parameters of slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 NO_KERNELS = pytest.mark.skipif(tinygpt2.library_path() is None, reason="needs the C kernels")
@@ -31,63 +46,27 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+def load(path: Path | str, backend: str) -> tinygpt2.Model:
+    return tinygpt2.load(path, backend="c" if backend == "c" else "numpy")
+
+
 def model_of(
     folder: Path, config: dict[str, Any], weights: Weights, backend: str
 ) -> tinygpt2.Model:
     """A model of these weights, without a tokenizer."""
     source = write_checkpoint(folder / "m", config, weights, tokenizer=False)
     tinygpt2.convert(source, folder / "m.tg2")
-    return tinygpt2.load(folder / "m.tg2", backend=backend)
+    return load(folder / "m.tg2", backend)
 
 
 def numpy_backend(model: tinygpt2.Model) -> tinygpt2.NumpyBackend:
     """The one whose stages can be looked at."""
-    if not isinstance(model.backend, tinygpt2.NumpyBackend):
-        pytest.skip("looks at the stages in NumPy")
+    assert isinstance(model.backend, tinygpt2.NumpyBackend)
     return model.backend
 
 
-def largest(array: np.ndarray) -> float:
-    return float(np.abs(array).max())
+# Ten shapes
 
-
-# Ten shapes: sizes that fill no panel, and every switch of the configuration on and off.
-
-
-class Shape(NamedTuple):
-    """Sizes of a model; `seed` is one for which the best token is always ahead, see MARGIN."""
-
-    vocab_size: int
-    n_positions: int
-    n_embd: int
-    n_layer: int
-    n_head: int
-    n_inner: int
-    seed: int
-    options: dict[str, Any]
-
-    def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = dict(zip(self._fields[:6], self[:6]))
-        return {**config, "bos_token_id": None, "eos_token_id": None, **self.options}
-
-
-RELU = {"activation_function": "relu"}
-GELU = {"activation_function": "gelu"}
-UNTIED = {"tie_word_embeddings": False}
-UNSCALED = {"scale_attn_weights": False}
-BY_LAYER = {"scale_attn_by_inverse_layer_idx": True}
-SHAPES = [
-    Shape(3, 210, 2, 1, 1, 3, 0, {**RELU}),
-    Shape(11, 212, 6, 2, 6, 7, 15, {}),
-    Shape(257, 216, 20, 2, 4, 80, 1, {**GELU, **UNTIED}),
-    Shape(100, 224, 33, 2, 3, 45, 3, {**UNTIED, **UNSCALED}),
-    Shape(300, 256, 32, 3, 4, 128, 1, {**BY_LAYER}),
-    Shape(257, 210, 48, 2, 3, 101, 23, {**RELU, **UNTIED, **UNSCALED, **BY_LAYER}),
-    Shape(17, 230, 40, 3, 5, 1, 4, {**GELU, **UNSCALED}),
-    Shape(64, 211, 16, 4, 2, 65, 4, {**UNTIED, **BY_LAYER}),
-    Shape(1000, 300, 64, 1, 1, 255, 1, {**GELU, "layer_norm_epsilon": 1e-2}),
-    Shape(31, 257, 35, 2, 7, 33, 1, {**RELU}),
-]
 N_PROMPT, N_NEW = 5, 200
 # Two float32 computations of these models differ by 1e-6 to 1e-5 of the largest logit, the most at
 # width 2, whose layer norm divides small differences. ROUNDING leaves room for other processors.
@@ -97,20 +76,32 @@ ROUNDING = 5e-5
 MARGIN = 5e-4
 
 
+def wide_weights(shape: Shape) -> Weights:
+    """Wide weights make texts that vary. Attention on scores that are not scaled down would become
+    a hard choice by them, in which every rounding counts."""
+    config = shape.config()
+    weights = random_weights(config, shape.seed)
+    for name, array in weights.items():
+        is_hard = "c_attn" in name and not config.get("scale_attn_weights", True)
+        array *= 3 if array.ndim == 2 and not is_hard else 1
+    return weights
+
+
+def prompt_of(shape: Shape) -> list[int]:
+    random = np.random.default_rng(shape.seed)
+    prompt: list[int] = random.integers(shape.vocab_size, size=N_PROMPT).tolist()
+    return prompt
+
+
 class Example:
     """One of the ten models and a text that it generates greedily."""
 
     def __init__(self, folder: Path, shape: Shape, backend: str) -> None:
+        self.shape = shape
         self.config = shape.config()
-        self.weights = random_weights(self.config, shape.seed)
-        for name, array in self.weights.items():
-            # Wide weights make texts that vary. Attention on scores that are not scaled down would
-            # become a hard choice by them, in which every rounding counts.
-            is_hard = "c_attn" in name and not self.config.get("scale_attn_weights", True)
-            array *= 3 if array.ndim == 2 and not is_hard else 1
+        self.weights = wide_weights(shape)
         self.model = model_of(folder, self.config, self.weights, backend)
-        random = np.random.default_rng(shape.seed)
-        self.prompt = random.integers(shape.vocab_size, size=N_PROMPT).tolist()
+        self.prompt = prompt_of(shape)
         self.answer = self.model.generate_ids(self.prompt, max_new_tokens=N_NEW, temperature=0)
         self.ids = self.prompt + self.answer
         self.logits = self.model.logits(self.ids)
@@ -122,7 +113,16 @@ def backend_of_example(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "-".join(map(str, shape[:6])))
+FAST = (2, 4)  # of the ten, those in the fast lane: two activations, untied and tied
+
+
+def shape_parameters() -> Iterator[Any]:
+    for number, shape in enumerate(SHAPES):
+        marks = [] if number in FAST else [pytest.mark.slow]
+        yield pytest.param(shape, marks=marks, id="-".join(map(str, shape[:6])))
+
+
+@pytest.fixture(scope="module", params=shape_parameters())
 def example(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -191,10 +191,11 @@ def test_logits_in_float64(example: Example) -> None:
     assert best_tokens(expected) == example.answer
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])
+@pytest.mark.parametrize("chunk", [1, *slow(2, 7), 64, *slow(1000)])
 def test_chunks(example: Example, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text in pieces: other products, so rounding differs, and nothing else."""
-    monkeypatch.setattr(example.model.backend, "chunk", chunk)
+    limit = example.model.backend.chunk
+    monkeypatch.setattr(example.model.backend, "chunk", min(chunk, limit))
     logits = example.model.logits(example.ids)
     assert largest(logits - example.logits) <= ROUNDING * largest(example.logits)
     assert best_tokens(logits) == example.answer
@@ -208,41 +209,114 @@ def test_uncached(example: Example) -> None:
         assert example.model.logits(example.ids[:n])[-1].argmax() == example.ids[n]
 
 
-@pytest.fixture(scope="module")
-def theirs(example: Example) -> Any:
-    """The same model in the transformers library."""
+class Theirs(NamedTuple):
+    """What the transformers library computes of one of the ten models."""
+
+    ids: list[int]  # the prompt and the greedy answer
+    logits: np.ndarray  # after each of them
+
+
+def transformers_model(config: dict[str, Any], weights: Weights) -> Any:
+    """These weights in the transformers library."""
     torch = pytest.importorskip("torch", reason="needs torch and transformers, to compare with")
     transformers = pytest.importorskip(
         "transformers", reason="needs torch and transformers, to compare with"
     )
-    torch.set_num_threads(1)  # of so little work, more threads make more
-    config = transformers.GPT2Config(**example.config, attn_implementation="eager")
-    model = transformers.GPT2LMHeadModel(config).eval()
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**config, attn_implementation="eager")
+    ).eval()
     state = {
         name if name == "lm_head.weight" else f"transformer.{name}": torch.from_numpy(array)
-        for name, array in example.weights.items()
+        for name, array in weights.items()
     }
     state.setdefault("lm_head.weight", state["transformer.wte.weight"])
     model.load_state_dict(state)
     return model
 
 
-def test_logits_of_transformers(example: Example, theirs: Any) -> None:
-    """1e-4 of the largest logit is what the project promises; see ROUNDING for what it reaches."""
+def their_greedy_text(model: Any, prompt: list[int], n_new: int) -> Theirs:
     torch = pytest.importorskip("torch")
+    tensor = torch.tensor([prompt])
+    mask = torch.ones_like(tensor)
     with torch.no_grad():
-        expected = theirs(torch.tensor([example.ids])).logits[0].numpy()
-    assert expected.dtype == np.float32
-    assert largest(example.logits - expected) <= 1e-4 * largest(expected)
+        ids = model.generate(tensor, attention_mask=mask, max_new_tokens=n_new, do_sample=False)
+        logits = model(ids).logits[0].numpy()
+    assert logits.dtype == np.float32
+    return Theirs(ids[0].tolist(), logits)
 
 
-def test_greedy_text_of_transformers(example: Example, theirs: Any) -> None:
-    torch = pytest.importorskip("torch")
-    prompt = torch.tensor([example.prompt])
-    ids = theirs.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=N_NEW, do_sample=False
+@functools.lru_cache(maxsize=len(SHAPES))  # both backends are compared with it
+def theirs(number: int) -> Theirs:
+    torch = pytest.importorskip("torch", reason="needs torch and transformers, to compare with")
+    torch.set_num_threads(1)  # of so little work, more threads make more
+    shape = SHAPES[number]
+    model = transformers_model(shape.config(), wide_weights(shape))
+    return their_greedy_text(model, prompt_of(shape), N_NEW)
+
+
+@pytest.mark.slow
+def test_logits_of_transformers(example: Example) -> None:
+    """1e-4 of the largest logit is what the project promises; see ROUNDING for what it reaches."""
+    ids, expected = theirs(SHAPES.index(example.shape))
+    assert largest(example.model.logits(ids) - expected) <= 1e-4 * largest(expected)
+
+
+@pytest.mark.slow
+def test_greedy_text_of_transformers(example: Example) -> None:
+    assert example.ids == theirs(SHAPES.index(example.shape)).ids
+
+
+# GPT-2 124M's sizes
+
+
+FULL_SIZE = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+
+
+class FullSize(NamedTuple):
+    """A model of these sizes, and what transformers computes of it."""
+
+    path: Path
+    n_prompt: int
+    theirs: Theirs
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FullSize]:
+    """Random weights, of widths with which the greedy text is not one token again and again."""
+    pytest.importorskip("torch", reason="needs torch and transformers, to compare with")
+    pytest.importorskip("transformers", reason="needs torch and transformers, to compare with")
+    folder = tmp_path_factory.mktemp("full_size")
+    config = {**FULL_SIZE, "bos_token_id": None, "eos_token_id": None}
+    weights = random_weights(config, seed=4)
+    for name, array in weights.items():
+        is_norm = array.ndim == 1 and name.endswith("weight")
+        array *= 1 if is_norm else 0.3 if name.startswith("h.") and array.ndim == 2 else 0.1
+    source = write_checkpoint(folder / "m", config, weights, tokenizer=False)
+    tinygpt2.convert(source, folder / "m.tg2")
+    (source / "model.safetensors").unlink()
+    prompt = np.random.default_rng(0).integers(FULL_SIZE["vocab_size"], size=24).tolist()
+    yield FullSize(
+        folder / "m.tg2",
+        len(prompt),
+        their_greedy_text(transformers_model(config, weights), prompt, 8),
     )
-    assert ids[0].tolist() == example.ids
+    (folder / "m.tg2").unlink()
+
+
+@pytest.mark.slow
+def test_the_sizes_of_gpt2_124m(full_size: FullSize, backend: str) -> None:
+    """The numbers of every tensor at its place: they are 124,439,808."""
+    ids, expected = full_size.theirs
+    prompt, answer = ids[: full_size.n_prompt], ids[full_size.n_prompt :]
+    best = np.sort(expected[full_size.n_prompt - 1 : -1], axis=-1)
+    assert (best[:, -1] - best[:, -2]).min() > 2e-4 * largest(expected)  # no close choice
+    assert len(set(answer)) > 4
+    with load(full_size.path, backend) as model:
+        n_tensor_bytes = sum(tensor.stop - tensor.start for tensor in model.file.tensors.values())
+        assert n_tensor_bytes == 4 * (124_439_808 + 15 * 768)  # wte is padded to whole panels
+        assert largest(model.logits(ids) - expected) <= 1e-4 * largest(expected)
+        found = model.generate_ids(prompt, max_new_tokens=len(answer), temperature=0)
+        assert found == answer
 
 
 # Trained models
@@ -254,7 +328,7 @@ def trained(data: Path, tmp_path: Path, backend: str) -> Callable[[str], tinygpt
 
     def load_trained(name: str) -> tinygpt2.Model:
         tinygpt2.convert(data / "checkpoints" / name, tmp_path / f"{name}.tg2")
-        return tinygpt2.load(tmp_path / f"{name}.tg2", backend=backend)
+        return load(tmp_path / f"{name}.tg2", backend)
 
     return load_trained
 
@@ -264,28 +338,62 @@ def adder_ids(a: int, b: int) -> list[int]:
     return [int(digit) for digit in f"{a:02}{b:02}" + f"{a + b:03}"[::-1]]
 
 
+def best_after_each(model: tinygpt2.Model, texts: Sequence[list[int]]) -> Iterator[list[int]]:
+    """The best token after each token of the texts, of which a pass computes several. (With more,
+    NumPy would give its small products to two threads, which is slower.)"""
+    backend, n_texts = model.backend, 7
+    caches, workspace = [backend.new_cache() for _ in range(n_texts)], backend.new_workspace()
+    for first in range(0, len(texts), n_texts):
+        part = texts[first : first + n_texts]
+        spans = [tinygpt2.Span(c, ids, 0, len(ids)) for c, ids in zip(caches, part)]
+        best = backend.forward(workspace, spans).array().argmax(axis=1)
+        yield from best.reshape(len(part), -1).tolist()
+
+
+def check_adder(model: tinygpt2.Model, step: int) -> None:
+    """If each digit is the best one after the right digits before it, then the greedy answer is
+    right: one span for each sum shows it."""
+    texts = [adder_ids(*divmod(number, 100)) for number in range(0, 10_000, step)]
+    for ids, best in zip(texts, best_after_each(model, [ids[:6] for ids in texts])):
+        assert best[3:] == ids[4:], ids
+
+
+@pytest.mark.slow
 def test_adder_knows_all_sums(trained: Callable[[str], tinygpt2.Model]) -> None:
-    """10,000 of 10,000. If each digit is the best one after the right digits before it, then the
-    greedy answer is right: one pass for each sum shows it."""
+    """10,000 of 10,000."""
     with trained("mingpt-adder") as model:
-        for a, b in itertools.product(range(100), repeat=2):
-            ids = adder_ids(a, b)
-            assert model.logits(ids[:6])[3:].argmax(axis=1).tolist() == ids[4:], (a, b)
+        check_adder(model, 1)
+
+
+def test_adder_knows_sums(trained: Callable[[str], tinygpt2.Model]) -> None:
+    with trained("mingpt-adder") as model:
+        check_adder(model, 37)
 
 
 def test_adder_generates_sums(trained: Callable[[str], tinygpt2.Model]) -> None:
     with trained("mingpt-adder") as model:
-        for number in range(0, 10_000, 53):
+        for number in range(0, 10_000, 397):
             ids = adder_ids(*divmod(number, 100))
             assert model.generate_ids(ids[:4], max_new_tokens=3, temperature=0) == ids[4:], ids
 
 
+def check_sorter(model: tinygpt2.Model, step: int) -> None:
+    """See the adder."""
+    texts = [[*each, *sorted(each)] for each in itertools.product(range(3), repeat=6)][::step]
+    for ids, best in zip(texts, best_after_each(model, [ids[:11] for ids in texts])):
+        assert best[5:] == ids[6:], ids
+
+
+@pytest.mark.slow
 def test_sorter_sorts_everything(trained: Callable[[str], tinygpt2.Model]) -> None:
-    """729 of 729 texts of six letters; see the adder."""
+    """729 of 729 texts of six letters."""
     with trained("llm-viz-sort") as model:
-        for letters in itertools.product(range(3), repeat=6):
-            ids = [*letters, *sorted(letters)]
-            assert model.logits(ids[:11])[5:].argmax(axis=1).tolist() == ids[6:], letters
+        check_sorter(model, 1)
+
+
+def test_sorter_sorts(trained: Callable[[str], tinygpt2.Model]) -> None:
+    with trained("llm-viz-sort") as model:
+        check_sorter(model, 13)
         ids = model.generate_ids([2, 1, 0, 2, 0, 1], max_new_tokens=6, temperature=0)
         assert ids == [0, 0, 1, 1, 2, 2]
 
@@ -293,8 +401,9 @@ def test_sorter_sorts_everything(trained: Callable[[str], tinygpt2.Model]) -> No
 def stages(model: tinygpt2.Model, ids: list[int]) -> dict[str, np.ndarray]:
     """Every stage of a forward pass by the name that llm-viz gives it; those of block 0 singly."""
     t, backend = tinygpt2, numpy_backend(model)
-    cache, block, all_ids = backend.new_cache(), backend.blocks[0], np.array(ids)
-    s: dict[str, Any] = {"x": backend.embed(all_ids, 0)}
+    block, workspace = backend.blocks[0], backend.new_workspace()
+    span = t.Span(backend.new_cache(), ids, 0, len(ids))
+    s: dict[str, Any] = {"x": backend.embed(span)}
     s["ln1"] = backend.norm(s["x"], block, "ln_1")
     s["qkv"] = t.linear(s["ln1"], block["attn.c_attn.weight"], block["attn.c_attn.bias"])
     for name, part in zip("qkv", np.split(s["qkv"], 3, axis=1)):
@@ -311,10 +420,10 @@ def stages(model: tinygpt2.Model, ids: list[int]) -> dict[str, np.ndarray]:
     s["mlpResid"] = s["attnResid"] + s["mlp"]
     x = s["x"]
     for i, block in enumerate(backend.blocks):
-        x = x + backend.attention(i, block, backend.norm(x, block, "ln_1"), cache[i], 0)
+        x = x + backend.attention(i, block, backend.norm(x, block, "ln_1"), [span])
         s[f"block{i}"] = x = x + backend.mlp(block, backend.norm(x, block, "ln_2"))
     s["ln_f"] = backend.norm(x, backend.ln_f, "ln_f")
-    s["lm_head"] = backend.forward(backend.new_cache(), ids, 0, len(ids))
+    s["lm_head"] = backend.forward(workspace, [span]).array()
     s["probs"] = t.softmax(s["lm_head"])
     return s
 
@@ -325,6 +434,7 @@ def published_array(published: dict[str, Any], name: str) -> np.ndarray:
     return np.frombuffer(base64.b64decode(entry["data"]), "<f4").reshape(entry["shape"])
 
 
+@pytest.mark.parametrize("backend", ["numpy"])
 def test_every_stage_of_llm_viz(trained: Callable[[str], tinygpt2.Model], data: Path) -> None:
     """1e-5: what float32 leaves of numbers below 20; the exact-erf GELU would miss by 4.5e-3."""
     path = data / "checkpoints" / "llm-viz-sort" / "gpt-nano-sort-t0-partials.json"
@@ -366,7 +476,7 @@ def gpt2(backend: str) -> Iterator[tinygpt2.Model]:
     path = os.environ.get("TINYGPT2_GPT2")
     if not path:
         pytest.skip("needs a converted GPT-2 124M, whose path TINYGPT2_GPT2 names")
-    with tinygpt2.load(path, backend=backend) as model:
+    with load(path, backend) as model:
         yield model
 
 
@@ -419,6 +529,7 @@ def test_later_tokens_change_nothing_before(example: Example) -> None:
     assert (logits[100:] != example.logits[100:]).any(axis=1).all()
 
 
+@pytest.mark.parametrize("backend_of_example", ["numpy"], indirect=True, scope="module")
 def test_mlp_takes_each_token_by_itself(example: Example) -> None:
     """The order of rows decides only which part of a product does them: 1e-6 for rounding."""
     backend = numpy_backend(example.model)
@@ -428,6 +539,111 @@ def test_mlp_takes_each_token_by_itself(example: Example) -> None:
         y = backend.mlp(block, x)
         np.testing.assert_allclose(backend.mlp(block, x[order]), y[order], 0, 1e-6 * largest(y))
         np.testing.assert_allclose(backend.mlp(block, x[:1]), y[:1], 0, 1e-6 * largest(y))
+
+
+def rows_alone(model: tinygpt2.Model, text: list[int], wanted: int) -> np.ndarray:
+    return model.logits(text)[len(text) - wanted :]
+
+
+def test_rows_of_a_pass_over_several_texts(example: Example) -> None:
+    """Spans of different lengths and starts: the wanted rows of each, in order, and no others.
+
+    In C they are the same bits as alone; in NumPy only rounding differs.
+    """
+    backend, ids = example.model.backend, example.ids
+    texts = [(ids[:20], 0, 3), (ids[5:12], 6, 1), (ids[40:60], 13, 7), (ids[:9], 2, 0)]
+    workspace = backend.new_workspace()
+    caches = [backend.new_cache() for _ in texts]
+    for cache, (text, start, _) in zip(caches, texts):
+        if start:
+            before = backend.forward(workspace, [tinygpt2.Span(cache, text[:start], 0, 0)])
+            assert before.array().shape == (0, example.shape.vocab_size)
+    spans = [tinygpt2.Span(c, text[s:], s, wanted) for c, (text, s, wanted) in zip(caches, texts)]
+    logits = backend.forward(workspace, spans)
+    found = logits.array()
+    expected = np.concatenate([rows_alone(example.model, text, n) for text, _, n in texts])
+    assert found.shape == (3 + 1 + 7, example.shape.vocab_size)
+    if backend.name == "c":
+        np.testing.assert_array_equal(found.view(np.int32), expected.view(np.int32))
+    assert largest(found - expected) <= ROUNDING * largest(expected)
+    logprobs = expected.astype(np.float64)
+    logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
+    for row in (0, 3, 10):
+        kept = backend.kept(workspace, logits.keep(row))
+        assert kept.array().tolist() == found[row : row + 1].tolist()
+        ((token, logprob),) = logits.top(row, 1)
+        assert token == found[row].argmax()
+        assert logprob == logits.logprob(row, token) == kept.logprob(0, token)
+        assert logprob == pytest.approx(logprobs[row, token], abs=1e-4 * largest(expected))
+
+
+def test_logits_are_refused_after_the_next_pass(example: Example) -> None:
+    """Old numbers are never read as new ones."""
+    backend, sampler = example.model.backend, tinygpt2.Sampler(tinygpt2.Options(), [])
+    workspace, cache = backend.new_workspace(), backend.new_cache()
+    old = backend.forward(workspace, [tinygpt2.Span(cache, [1, 2], 0, 2)])
+    kept = old.keep(1)
+    backend.forward(workspace, [tinygpt2.Span(cache, [2], 2, 1)])
+    uses: list[Callable[[], object]] = [
+        lambda: old.choose(0, sampler, 2),
+        lambda: old.logprob(0, 1),
+        lambda: old.top(0, 1),
+        old.array,
+        lambda: old.keep(0),
+    ]
+    for use in uses:
+        with pytest.raises(tinygpt2.StateError, match="a later pass has replaced them"):
+            use()
+    assert backend.kept(workspace, kept).array().shape == (1, example.shape.vocab_size)
+
+
+def test_a_prompt_longer_than_a_pass(tmp_path: Path, backend: str) -> None:
+    """The passes before the last one compute no logits."""
+    config = {**TOY, "n_positions": 600}
+    ids = np.random.default_rng(0).integers(TOY["vocab_size"], size=590).tolist()
+    with model_of(tmp_path, config, random_weights(config), backend) as model:
+        assert model.backend.chunk < len(ids)
+        best = model.logits(ids)[-1].argmax()
+        assert model.generate_ids(ids, max_new_tokens=1, temperature=0) == [best]
+
+
+# Threads of NumPy's matrix library, which reads their number from the environment when it is loaded
+
+NUMPY_THREADS = """
+import importlib.abc, json, os, sys
+import tinygpt2
+names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+os.environ.update(OPENBLAS_NUM_THREADS="2")
+os.environ.pop("MKL_NUM_THREADS", None)
+seen = []
+
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "numpy":
+            seen.append([os.environ.get(name) for name in names])
+
+sys.meta_path.insert(0, Watch())
+before = dict(os.environ)
+wanted = json.loads(sys.argv[2])
+with tinygpt2.load(sys.argv[1], backend="numpy", threads=wanted) as model:
+    model.logits([1] * 60)
+is_linux = os.path.isdir("/proc/self/task")
+tasks = len(os.listdir("/proc/self/task")) if is_linux else None
+tinygpt2.load(sys.argv[1], backend="numpy", threads=7)
+print(json.dumps([seen, tasks, os.environ == before]))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, None])
+def test_threads_of_numpy(toy_path: Path, threads: int | None) -> None:
+    """They are asked for while NumPy is imported, and never afterwards; the environment stays."""
+    done = run_python(NUMPY_THREADS, toy_path, json.dumps(threads))
+    assert done.returncode == 0, done.stderr
+    seen, tasks, is_unchanged = json.loads(done.stdout)
+    assert is_unchanged
+    assert len(seen) == 1
+    assert seen[0][:2] == (["1", "1"] if threads else ["2", None])
+    assert threads is None or tasks in (1, None)
 
 
 def test_tied_head_is_the_embedding(tmp_path: Path, backend: str) -> None:
@@ -572,8 +788,8 @@ def test_heads() -> None:
 
 
 @pytest.fixture
-def tales() -> Iterator[tinygpt2.Model]:
-    if not (ROOT / "vendor" / "tales.tg2").exists():
+def tales(tales_path: Path) -> Iterator[tinygpt2.Model]:
+    if not tales_path.exists():
         pytest.skip("the default model, vendor/tales.tg2, is not there")
     with tinygpt2.load() as model:
         yield model
@@ -590,6 +806,7 @@ def test_default_model_tells_a_tale(tales: tinygpt2.Model) -> None:
     assert 3 < np.mean([len(word) for word in words]) < 7
 
 
+@pytest.mark.slow
 def test_default_model_has_read_tales(tales: tinygpt2.Model, data: Path) -> None:
     """A held-out book, unwrapped and with the quotes that the model knows.
 

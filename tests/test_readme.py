@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_checkpoint
-from test_download import Hub, hub  # noqa: F401  (a fixture)
+from test_download import Hub, converter, hub  # noqa: F401  (fixtures)
 
 README = (ROOT / "README.md").read_text("utf-8")
 MODEL = ROOT / "vendor" / "tales.tg2"

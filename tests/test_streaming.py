@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,8 +62,8 @@ def byte_tokens(toy: tinygpt2.Model, text: bytes) -> list[int]:
 
 def events(session: tinygpt2.Session, count: int, stop: Sequence[str] = ()) -> list[str]:
     """The text that each token releases, and last what comes without a token."""
-    chosen = session.events(True, {"temperature": 0, "max_new_tokens": count, "stop": stop})
-    return [piece for _, piece in chosen]
+    answer = session.stream(temperature=0, max_new_tokens=count, stop=stop)
+    return [piece for _, piece in iter(answer.step, None)]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_stop_text_of_the_last_replacement_character(recite: Recite, toy: tinygp
 
 def test_answer_is_its_pieces(recite: Recite, toy: tinygpt2.Model) -> None:
     tokens = byte_tokens(toy, b"one. two\xc3")
-    options = {"temperature": 0, "max_new_tokens": len(tokens)}
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": len(tokens)}
     assert recite(tokens).generate(**options) == "one. two\ufffd"
     assert recite(tokens).generate(**options, stop=". ") == "one"
     assert list(recite(tokens).stream_ids(**options)) == tokens

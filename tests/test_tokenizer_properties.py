@@ -118,13 +118,15 @@ some_stops = st.lists(st.text("ab", min_size=1, max_size=5), max_size=3)
 
 @settings(repeatable, max_examples=2000)
 @given(st.lists(letters, max_size=8), some_stops)
-def test_stop_filter(pieces: list[str], stops: list[str]) -> None:
-    stop_filter = tinygpt2.StopFilter(stops)
+def test_text_is_held_back_only_while_it_may_begin_a_stop_text(
+    pieces: list[str], stops: list[str]
+) -> None:
+    output = tinygpt2.TextOutput(stops)
     text = passed = ""
     for piece in pieces:
         text += piece
-        passed += stop_filter.push(piece)
-        assert (passed, stop_filter.stopped) == let_through(text, stops)
-        if stop_filter.stopped:
+        passed += output.push(piece.encode())
+        assert (passed, output.stopped) == let_through(text, stops)
+        if output.stopped:
             return
-    assert passed + stop_filter.held == text
+    assert passed + output.finish() == text
