@@ -352,7 +352,7 @@ def check_frequencies(numbers: Iterable[int], model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "numbers", [range(12), pytest.param(range(12, 200), marks=pytest.mark.slow)], ids=["12", "188"]
+    "numbers", [range(12), pytest.param(range(12, 200), marks=pytest.mark.soak)], ids=["12", "188"]
 )
 def test_tokens_are_drawn_as_often_as_they_are_probable(
     numbers: range, toy: tinygpt2.Model

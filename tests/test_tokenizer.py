@@ -133,6 +133,7 @@ def corpus(data: Path) -> Iterator[tuple[str, str]]:
         yield path.name, path.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_corpus(gpt2: tinygpt2.Model, tiktoken_gpt2: Any, data: Path) -> None:
     """On the path that may go wrong; what follows shows that it cuts texts as `regex` does."""
     tokenizer = gpt2.need_tokenizer()
@@ -282,6 +283,7 @@ def test_white_space_and_control_characters(words: Words, regex_words: Words) ->
         assert list(words(text)) == regex_words(text)
 
 
+@pytest.mark.soak
 def test_ids_of_every_code_point(gpt2: tinygpt2.Model, tiktoken_gpt2: Any) -> None:
     """Before 'll, which is one token after a letter or a number, and two after anything else.
 

@@ -1,0 +1,368 @@
+"""The interface for other programs: types, names, errors that travel, objects, interrupts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import pickle
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Optional, SupportsFloat, SupportsIndex, Union
+
+import numpy as np
+import pytest
+from conftest import in_threads, run_python
+
+import tinygpt2
+from tinygpt2 import Model, Options, Session
+
+METHODS = ("generate", "stream", "complete", "generate_ids", "stream_ids")
+is_source = pytest.mark.skipif(
+    not tinygpt2.__file__.endswith(".py"), reason="a compiled module has no hints"
+)
+
+
+@pytest.fixture(params=["c", "numpy"])
+def model(request: pytest.FixtureRequest, toy_path: Path) -> Iterator[Model]:
+    if request.param == "c" and tinygpt2.library_path() is None:
+        pytest.skip("needs the C kernels: `python build.py`")
+    with tinygpt2.load(toy_path, backend=request.param) as model:
+        yield model
+
+
+# Types
+
+
+@is_source
+@pytest.mark.parametrize("name", METHODS)
+def test_the_hints_of_the_options(name: str) -> None:
+    number = Union[SupportsFloat, SupportsIndex]
+    hints = typing.get_type_hints(getattr(Model, name))
+    assert {option: hints[option] for option in (*Options._fields, "unknown")} == {
+        "max_new_tokens": Optional[SupportsIndex],
+        "temperature": Optional[number],
+        "top_k": Optional[SupportsIndex],
+        "top_p": Optional[number],
+        "min_p": Optional[number],
+        "repetition_penalty": Optional[number],
+        "seed": Optional[SupportsIndex],
+        "stop": Union[str, Sequence[str], None],
+        "logit_bias": Optional[dict[int, float]],
+        "unknown": NoReturn,
+    }
+
+
+@is_source
+def test_the_hints_of_load() -> None:
+    hints = typing.get_type_hints(tinygpt2.load)
+    assert hints["backend"] == Optional[Literal["c", "numpy"]]
+    assert hints["threads"] == Optional[SupportsIndex]
+    assert hints["return"] is Model
+
+
+@is_source
+def test_every_public_thing_has_hints_that_can_be_read() -> None:
+    things = [getattr(tinygpt2, name) for name in tinygpt2.__all__]
+    functions = [thing for thing in things if inspect.isfunction(thing)]
+    for thing in filter(inspect.isclass, things):
+        functions += [f for _, f in inspect.getmembers(thing, inspect.isfunction)]
+    own = [function for function in functions if function.__module__ == tinygpt2.__name__]
+    assert len(own) > 40
+    for function in own:
+        typing.get_type_hints(function)
+
+
+@is_source
+@pytest.mark.parametrize("name", METHODS)
+def test_the_options_are_keywords_in_the_order_of_options(name: str) -> None:
+    parameters = list(inspect.signature(getattr(Model, name)).parameters.values())
+    assert [p.name for p in parameters[:2]] == ["self", "prompt"]
+    keywords = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert keywords == list(Options._fields)
+
+
+def test_models_and_sessions_generate_alike(model: Model) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "seed": 4}
+    results: list[object] = []
+    for source in (model, model.session()):
+        for name in METHODS:
+            if isinstance(source, Session):
+                source.rewind(len(source))
+            found = getattr(source, name)("The", **options)
+            results.append(list(found) if name in ("stream", "stream_ids") else found)
+    assert results[:5] == results[5:]
+    text, pieces, result, ids, stream_ids = results[:5]
+    assert isinstance(pieces, list)
+    assert isinstance(result, tinygpt2.Result)
+    assert text == "".join(pieces) == result.text
+    assert ids == stream_ids == result.ids
+    assert result.seed == 4
+
+
+def test_the_logprobs_of_a_result_are_those_of_its_tokens(model: Model) -> None:
+    result = model.complete("The", max_new_tokens=10, seed=2)
+    prompt = model.encode("The")
+    rows = model.logits([*prompt, *result.ids])[len(prompt) - 1 : -1].astype(np.float64)
+    rows -= rows.max(axis=1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    expected = rows[range(len(rows)), result.ids].tolist()
+    # Sums of 300 exponentials in float32; the logits are about 10.
+    assert result.logprobs == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_a_stream_knows_its_seed_and_its_end(model: Model) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 3, "logit_bias": {264: -1e9}}
+    stream = model.stream("The", **options)
+    assert stream.finish_reason is None
+    pieces = list(stream)
+    assert stream.result().finish_reason == "length"
+    assert len(stream.ids) == 3
+    assert "".join(pieces) == model.generate("The", seed=stream.seed, **options)
+    assert stream.result().text == "".join(pieces)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prompt_that_is_too_long_raises_at_the_call(model: Model, name: str) -> None:
+    with pytest.raises(tinygpt2.ContextError, match="at most 64 tokens"):
+        getattr(model, name)([1] * 65)
+
+
+# Sessions as objects
+
+
+def test_a_copy_is_a_second_future(model: Model) -> None:
+    session = model.session()
+    session.feed("The thing")
+    other = copy.copy(session)
+    assert len(other) == len(session) == len(session.tokens)
+    session.rewind(2)
+    session.feed([5, 6, 7])
+    assert other.tokens == model.encode("The thing")
+    for each in (session, other):
+        fresh = model.generate(each.tokens, max_new_tokens=20, seed=3)
+        assert each.generate(max_new_tokens=20, seed=3) == fresh
+
+
+def test_a_session_cannot_be_pickled(model: Model) -> None:
+    with pytest.raises(tinygpt2.StateError, match="tokens"):
+        pickle.dumps(model.session())
+
+
+def test_repr_says_what_it_is(model: Model) -> None:
+    session = model.session()
+    session.feed([1, 2])
+    assert repr(session).startswith("<tinygpt2.Session: 2 of 64 tokens, ")
+    assert repr(model).startswith("<tinygpt2.Model ")
+    assert model.backend.describe() in repr(model)
+    session.close()
+    assert "closed" in repr(session)
+
+
+def test_old_logits_are_an_error(model: Model) -> None:
+    with model.workspace() as workspace:
+        span = tinygpt2.Span(model.backend.new_cache(), [1, 2], 0, 2)
+        logits = model.backend.forward(workspace, [span])
+        assert logits.top(1, 3)[0][0] == logits.array()[1].argmax()
+        model.backend.forward(workspace, [tinygpt2.Span(model.backend.new_cache(), [3], 0, 1)])
+        uses: list[Callable[[], object]] = [
+            lambda: logits.top(0, 1),
+            lambda: logits.logprob(0, 1),
+            lambda: logits.array(),
+            lambda: logits.keep(0),
+        ]
+        for use in uses:
+            with pytest.raises(tinygpt2.StateError, match="later pass"):
+                use()
+
+
+def test_texts_in_one_pass_are_the_texts_alone(model: Model) -> None:
+    texts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    with model.workspace() as workspace:
+        spans = [tinygpt2.Span(model.backend.new_cache(), ids, 0, len(ids)) for ids in texts]
+        together = model.backend.forward(workspace, spans).array()
+    alone = np.concatenate([model.logits(ids) for ids in texts])
+    if model.backend.name == "c":
+        assert (together.view(np.int32) == alone.view(np.int32)).all()
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
+
+
+# Errors
+
+
+ERRORS: list[Exception] = [
+    tinygpt2.FormatError("a/b", "field", "this", "that", "do it"),
+    tinygpt2.MissingFileError("a/b", "file", "a file", "none", "make it"),
+    *(
+        kind("text")
+        for kind in (
+            tinygpt2.TinyGPT2Error,
+            tinygpt2.InputError,
+            tinygpt2.ContextError,
+            tinygpt2.StateError,
+            tinygpt2.NumericError,
+            tinygpt2.DownloadError,
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_travel(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), vars(again)) == (str(error), vars(error))
+
+
+def test_a_missing_file_is_pythons_own_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        tinygpt2.load(tmp_path / "none.tg2")
+    assert isinstance(caught.value, tinygpt2.FormatError)
+    assert (caught.value.errno, caught.value.filename) == (2, str(tmp_path / "none.tg2"))
+
+
+@pytest.mark.parametrize("value", [5, None, b"x.tg2", ["x.tg2"], "a\0b", "\udcff\ud800"], ids=ascii)
+def test_strange_paths_get_our_errors(tmp_path: Path, value: Any) -> None:
+    uses: list[Callable[[], object]] = [lambda: tinygpt2.convert(tmp_path, value)]
+    if value is not None:
+        uses.append(lambda: tinygpt2.load(value))
+    for use in uses:
+        with pytest.raises(tinygpt2.TinyGPT2Error):
+            use()
+
+
+def test_values_that_cannot_show_themselves(model: Model) -> None:
+    """Python refuses to print integers of thousands of digits."""
+    with pytest.raises(tinygpt2.InputError, match="option top_k"):
+        model.generate("a", top_k=-(10**5000))
+    with pytest.raises(tinygpt2.InputError, match="prompt: expected text or token ids"):
+        model.generate(typing.cast(Any, np.array(5)))
+
+
+# What the module does by itself
+
+
+def test_numpy_in_place_of_the_kernels_is_told(
+    toy_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not tinygpt2.__file__.endswith(".py"):
+        pytest.skip("the functions of a compiled module cannot be replaced")
+    monkeypatch.setattr(tinygpt2, "library_path", lambda: None)
+    with caplog.at_level(logging.INFO, "tinygpt2"), tinygpt2.load(toy_path) as model:
+        assert model.backend.name == "numpy"
+    assert "build.py" in caplog.text
+
+
+def test_functions_work_before_a_model_is_loaded() -> None:
+    code = "import tinygpt2; print(tinygpt2.softmax(tinygpt2.np.zeros((1, 4))).tolist())"
+    assert run_python(code).stdout == "[[0.25, 0.25, 0.25, 0.25]]\n"
+
+
+def test_importing_brings_nothing_along() -> None:
+    code = (
+        "import sys; before = set(sys.modules); import tinygpt2; new = set(sys.modules) - before\n"
+        "print(sorted(new & {'numpy', 'ctypes', 'logging', 'argparse', 'difflib', 'regex'}))"
+    )
+    assert run_python(code).stdout == "[]\n"
+
+
+def test_loading_leaves_the_environment_alone(toy_path: Path) -> None:
+    code = (
+        "import os, sys, tinygpt2; before = dict(os.environ)\n"
+        "tinygpt2.load(sys.argv[1], backend='numpy', threads=1); print(dict(os.environ) == before)"
+    )
+    assert run_python(code, toy_path).stdout == "True\n"
+
+
+# Two users at once
+
+
+def test_two_threads_on_one_stream(model: Model) -> None:
+    """Each gets pieces or a StateError; neither waits for ever, and nothing else is raised."""
+    for seed in range(20):
+        session = model.session()
+        stream = session.stream([1], max_new_tokens=6, seed=seed)
+        others: list[BaseException] = []
+
+        def take(stream: tinygpt2.Answer = stream, others: list[BaseException] = others) -> None:
+            try:
+                for _ in stream:
+                    pass
+            except tinygpt2.StateError:
+                pass
+            except BaseException as error:
+                others.append(error)
+
+        in_threads([take, take])
+        assert not others
+
+
+def test_score_while_the_model_is_closed(toy_path: Path) -> None:
+    """The result is whole, or the error says that the model is closed."""
+    with tinygpt2.load(toy_path) as model:
+        score = model.score([1, 2, 3] * 50, progress=lambda *_: None)
+    assert score.n_bytes == 150
+    for _ in range(30):
+        model = tinygpt2.load(toy_path)
+        outcomes: list[object] = []
+
+        def work(model: Model = model, outcomes: list[object] = outcomes) -> None:
+            try:
+                while True:
+                    outcomes.append(model.score([1, 2, 3] * 10).n_bytes)
+            except tinygpt2.StateError:
+                outcomes.append(30)
+            except BaseException as error:
+                outcomes.append(error)
+
+        in_threads([work, model.close])
+        assert set(outcomes) == {30}
+
+
+SIGNALS = """
+import random, signal, sys, time
+import tinygpt2
+def handler(*_): raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, handler)
+r, unusable, interrupted, end = random.Random(1), 0, 0, time.monotonic() + 1.5
+with tinygpt2.load(sys.argv[1], threads=1) as model:
+    while time.monotonic() < end:
+        session = model.session()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, r.uniform(1e-5, 1e-3))
+            session.feed([1, 2, 3])
+            session.generate(max_new_tokens=12, seed=1)
+            session.rewind(1)
+            session.feed([4])
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            interrupted += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        try:
+            session.rewind(0)
+        except tinygpt2.StateError:
+            unusable += 1
+print(interrupted > 100, unusable)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer")
+def test_real_interrupts_leave_sessions_usable(toy_path: Path) -> None:
+    """An interrupt can be lost inside `__del__`; Python then says so on standard error."""
+    assert run_python(SIGNALS, toy_path).stdout == "True 0\n"
+
+
+@is_source
+@pytest.mark.parametrize(
+    "every", [97, pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.soak)]
+)
+def test_an_interrupt_at_any_bytecode(toy_path: Path, every: int) -> None:
+    """Traced in a process of its own; with the exception held, and the session used after it."""
+    script = Path(__file__).with_name("interrupts.py")
+    command = [sys.executable, str(script), str(toy_path), str(every)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith(", bad: 0\n")
