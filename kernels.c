@@ -461,8 +461,20 @@ static void product_of_few_rows(const operands *o) {
     }
 }
 
+/* The prefetch of tile `i` of many, which all use the weights w of a block; those of the next block
+ * come `to_later` further on. With AVX-512 a tile is done before its weights can arrive from
+ * memory, so the tiles of one block share the next block out. Elsewhere only the first tile reads
+ * memory, and it asks for its own weights: two blocks at once would fill the second cache of some
+ * processors. Measured on Zen 1 (512 KB): a prompt of 512 tokens takes 0.73 to 0.8 times as long,
+ * 24 rows 0.94 times. */
+static prefetch of_many(const float *w, size_t to_later, int depth, int i, int tiles) {
+    if (WIDTH == 16) return part_of(w + to_later, depth, i, tiles);
+    if (i == 0) return same_panel(w);
+    return (prefetch){.next = (const char *)w, .step = 0}; /* nothing that is not there */
+}
+
 /* Many rows: each tile goes through all panels, whose weights of this block stay in the second
- * cache from tile to tile. Meanwhile each asks for its part of the next block. */
+ * cache from tile to tile. */
 static void product_of_many_rows(const operands *o) {
     float block[ROWS * BLOCK_STRIDE];
     int tiles = (o->m + ROWS - 1) / ROWS;
@@ -479,7 +491,7 @@ static void product_of_many_rows(const operands *o) {
             for (int j = 0, width; j < o->panels; j += width) {
                 width = panels_from(o, j, rows);
                 tile_operands t = tile_at(o, block, row, j, p, depth);
-                t.ahead = part_of(t.w + to_later, depth, i, tiles);
+                t.ahead = of_many(t.w, to_later, depth, i, tiles);
                 any_tile(rows, width, &t);
             }
         }

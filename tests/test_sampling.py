@@ -14,6 +14,7 @@ from conftest import TOY, random_weights, toy_tokenizer, write_checkpoint
 import tinygpt2
 from tinygpt2 import Options, Sampler
 
+is_compiled = not tinygpt2.__file__.endswith(".py")  # by mypyc, which checks some types itself
 VOCAB = 60
 INF = math.inf
 END = toy_tokenizer()[0]["<|endoftext|>"]
@@ -521,6 +522,10 @@ WRONG: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=ascii)
 def test_a_wrong_option_is_named(toy: tinygpt2.Model, name: str, value: Any) -> None:
+    if name == "logit_bias" and not isinstance(value, dict) and is_compiled:
+        with pytest.raises(TypeError):  # as Python's own functions do
+            toy.stream("a", **{name: value})
+        return
     with pytest.raises(tinygpt2.InputError, match=f"option {name}: expected .*, found "):
         toy.stream("a", **{name: value})
 
