@@ -3024,14 +3024,16 @@ def read_text(path: str) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-EXAMPLES = """examples:
+EPILOG = """examples:
   python tinygpt2.py --prompt "Once upon a time"
   python tinygpt2.py --prompt - --max-tokens 50 --seed 1 < prompt.txt
   python tinygpt2.py download gpt2 -o gpt2.tg2
   python tinygpt2.py --model gpt2.tg2 --prompt "Alan Turing" --temperature 0
 
 Without a prompt, at a terminal, it asks for one: Ctrl-C stops an answer, an empty line continues
-it, Ctrl-D leaves. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+it, Ctrl-D leaves. `python tinygpt2.py COMMAND --help` explains a command.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 
@@ -3049,26 +3051,32 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         sys.stdout.flush()
         return code
     except TinyGPT2Error as error:
-        text = re.sub(r"^option (\w+)", lambda m: flag_of(m[1]), str(error))
-        print(f"tinygpt2: error: {text}", file=sys.stderr)
+        print_error(error)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of the answer has closed the pipe
         drop_output()
         return 0
-    except (OSError, MemoryError) as error:
+    except (OSError, MemoryError) as failure:  # another name: mypyc gives each name one type
         drop_output()
-        print(f"tinygpt2: error: {str(error) or 'out of memory'}", file=sys.stderr)
+        print_error(str(failure) or "out of memory")
         return 1
 
 
+def print_error(error: object) -> None:
+    """One line on standard error, in which options are called as the command line calls them."""
+    text = re.sub(r"^option (\w+)", lambda match: flag_of(match[1]), str(error))
+    print(f"tinygpt2: error: {text}", file=sys.stderr)
+
+
 def flag_of(option: str) -> str:
+    """The command line's name of an option."""
     return "--max-tokens" if option == "max_new_tokens" else "--" + option.replace("_", "-")
 
 
 def drop_output() -> None:
-    """Discard what cannot be written, so that Python does not try again when it ends."""
+    """Discard what cannot be written. Otherwise Python tries again, and fails, when it exits."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -3088,118 +3096,141 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinygpt2",
         description="GPT-2 in one file: prints the text that follows a prompt.",
-        epilog=EXAMPLES,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tinygpt2 {__version__}")
     add_model_options(parser)
     add_prompt_options(parser)
-    default = Options()
-    number = {
-        "--max-tokens": (int, "max_new_tokens", "tokens to generate at most"),
-        "--temperature": (float, "temperature", "0 always takes the most probable token"),
-        "--top-k": (int, "top_k", "choose among the k most probable tokens; 0: all"),
-        "--top-p": (float, "top_p", "choose among the fewest that hold this much probability"),
-        "--min-p": (float, "min_p", "leave out tokens below this fraction of the best one"),
-        "--repetition-penalty": (float, "repetition_penalty", "above 1 avoids what was said"),
-        "--seed": (int, "seed", "the same seed gives the same text"),
-    }
-    for flag, (kind, name, text) in number.items():
-        value = getattr(default, name)
-        shown = "a new one" if value is None else value
-        help_text = f"{text} (default: {shown})"
-        parser.add_argument(flag, type=kind, dest=name, default=value, metavar="N", help=help_text)
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text"
-    )
-    parser.add_argument(
-        "--stats", action="store_true", help="print speed and memory to standard error"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--text", action="store_true", help="with --ids: print text, not ids")
+    add_choice_options(parser)
+    add_output_options(parser)
     parser.set_defaults(run=run_generate)
     add_commands(parser)
     return parser
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add_model_file(parser)
     parser.add_argument(
-        "--model", metavar="FILE", help="a .tg2 file (default: the model that comes with it)"
+        "--backend", choices=BACKENDS, help="what computes (default: the fastest that is there)"
     )
-    parser.add_argument(
-        "--backend", choices=BACKENDS, help="what computes (default: the fastest there is)"
-    )
-    parser.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
+    text = "threads to use (default: $TINYGPT2_THREADS, or one for each processor)"
+    parser.add_argument("--threads", type=int, metavar="N", help=text)
+
+
+def add_model_file(parser: argparse.ArgumentParser) -> None:
+    text = "a .tg2 file (default: the model that comes with tinygpt2)"
+    parser.add_argument("--model", metavar="FILE", help=text)
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--prompt", metavar="TEXT", help="the text to continue; - reads standard input"
-    )
-    group.add_argument(
-        "--ids", metavar="IDS", help='the same as token ids: "15496 995"; prints ids'
-    )
+    text = "the prompt; - reads it from standard input"
+    group.add_argument("--prompt", metavar="TEXT", help=text)
+    text = 'the prompt as token ids: "15496 995"; - reads them from standard input'
+    group.add_argument("--ids", metavar="IDS", help=text)
+
+
+CHOICE_OPTIONS = {  # by their names in `Options`
+    "max_new_tokens": (int, "tokens to generate at most"),
+    "temperature": (float, "0 always takes the most probable token"),
+    "top_k": (int, "choose among the k most probable tokens; 0: all"),
+    "top_p": (float, "choose among the fewest tokens that hold this much probability"),
+    "min_p": (float, "leave out tokens below this fraction of the best one's probability"),
+    "repetition_penalty": (float, "above 1, tokens that are in the text become less likely"),
+    "seed": (int, "the same seed gives the same text"),
+}
+
+
+def add_choice_options(parser: argparse.ArgumentParser) -> None:
+    for name, (kind, text) in CHOICE_OPTIONS.items():
+        default = getattr(Options(), name)
+        shown = "a fresh one" if default is None else default
+        parser.add_argument(
+            flag_of(name),
+            type=kind,
+            dest=name,
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {shown})",
+        )
+    text = "end the answer before this text; can be given several times"
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    for flag, text in {
+        "--text": "with --ids: print the answer as text, not as ids",
+        "--json": "print one JSON object: text, ids, finish_reason, seed, figures",
+        "--stats": "print speed and memory to standard error",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=text)
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="tinygpt2")
-
     import argparse
 
-    def add(
-        name: str, run: Callable[[argparse.Namespace], None], text: str
-    ) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="tinygpt2")
+    for name, (add_options, run, text) in {
+        "convert": (
+            add_convert_options,
+            run_convert,
+            "make a .tg2 file from a checkpoint of transformers",
+        ),
+        "download": (
+            add_download_options,
+            run_download,
+            "fetch a checkpoint from the Hugging Face hub and convert it",
+        ),
+        "score": (add_score_options, run_score, "measure how well a model predicts a text"),
+        "info": (add_info_options, run_info, "show what a .tg2 file holds"),
+        "bench": (add_bench_options, run_bench, "measure the speed of a model"),
+    }.items():
+        # An option that is not given keeps the value that it was given before the command.
+        command = commands.add_parser(
             name, help=text, description=text, argument_default=argparse.SUPPRESS
         )
+        add_options(command)
         command.set_defaults(run=run)
-        return command
 
-    command = add("convert", run_convert, "make a .tg2 file from a checkpoint of transformers")
-    command.add_argument("source", help="its folder, or a .safetensors file beside its config.json")
-    command.add_argument(
-        "-o", "--out", required=True, metavar="FILE", help="the .tg2 file to write"
-    )
-    command = add(
-        "download", run_download, "fetch a checkpoint from the Hugging Face hub and convert it"
-    )
-    command.add_argument("name", help="its name there, as gpt2 or owner/name")
-    command.add_argument(
-        "-o",
-        "--out",
-        default=None,
-        metavar="FILE",
-        help="the .tg2 file to write (default: NAME.tg2)",
-    )
-    command.add_argument(
-        "--revision", default="main", help="a branch, tag or commit (default: main)"
-    )
-    command = add("score", run_score, "say how well the model predicts a text")
-    add_model_options(command)
-    add_prompt_options(command)
-    command.add_argument(
-        "--json", action="store_true", help="print one JSON object, with every token"
-    )
-    command = add("info", run_info, "show what a .tg2 file holds")
-    command.add_argument("file", nargs="?", default=None, help="the same as --model")
-    command.add_argument(
-        "--model", metavar="FILE", help="a .tg2 file (default: the model that comes with it)"
-    )
-    command.add_argument(
-        "--verify", action="store_true", default=False, help="check its checksum and vocabulary too"
-    )
-    command.add_argument(
-        "--system", action="store_true", default=False, help="show and check what computes here"
-    )
-    command = add("bench", run_bench, "measure the speed of a model")
-    add_model_options(command)
-    command.add_argument(
-        "--max-tokens", type=int, default=32, metavar="N", help="to decode (default: 32)"
-    )
-    command.add_argument(
-        "--runs", type=int, default=5, metavar="N", help="take the median (default: 5)"
-    )
+
+def add_convert_options(parser: argparse.ArgumentParser) -> None:
+    text = "the checkpoint: a folder, or a .safetensors file with its config.json beside it"
+    parser.add_argument("source", help=text)
+    text = "the .tg2 file to write"
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help=text)
+
+
+def add_download_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="its name on the hub: gpt2, or owner/name")
+    text = "the .tg2 file to write (default: the name, without the owner, and .tg2)"
+    parser.add_argument("-o", "--out", default=None, metavar="FILE", help=text)
+    text = "a branch, tag or commit (default: main)"
+    parser.add_argument("--revision", default="main", help=text)
+
+
+def add_score_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    add_prompt_options(parser)
+    text = "print one JSON object, with the log-probability of every token"
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def add_info_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", nargs="?", default=None, help="the same as --model")
+    add_model_file(parser)
+    text = "also check the checksum of the data and the vocabulary"
+    parser.add_argument("--verify", action="store_true", default=False, help=text)
+    text = "show what computes on this machine, and check it with the model"
+    parser.add_argument("--system", action="store_true", default=False, help=text)
+
+
+def add_bench_options(parser: argparse.ArgumentParser) -> None:
+    add_model_options(parser)
+    text = "tokens to decode in a run (default: 32)"
+    parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help=text)
+    text = "how many runs to take the median of (default: 5)"
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help=text)
 
 
 def load_model(options: argparse.Namespace) -> Model:
@@ -3246,7 +3277,7 @@ def run_generate(options: argparse.Namespace) -> None:
 def print_answer(
     model: Model, prompt: Prompt, choices: dict[str, Any], options: argparse.Namespace
 ) -> None:
-    """Print the answer as it comes, or as JSON at its end; then the figures."""
+    """Print the answer as it comes, or as JSON at its end; then notes on standard error."""
     as_text = options.ids is None or options.text
     answer = model.begin(prompt, choices, as_text, False)
     n_prompt = len(answer.session)
@@ -3256,40 +3287,49 @@ def print_answer(
         token, piece = event
         if token is not None:
             times.append(time.perf_counter())
-        pieces.append(piece)
+        pieces.append(piece if as_text else "" if token is None else f"{token} ")
         if not options.json:
-            print(piece if as_text else "" if token is None else f"{token} ", end="", flush=True)
+            print(pieces[-1], end="", flush=True)
     figures = speed(n_prompt, times)
-    if options.json:
-        result = {"text": "".join(pieces) if as_text else None, "ids": answer.ids}
-        outcome = {"finish_reason": answer.finish_reason, "seed": answer.seed}
-        print(json.dumps({**result, **outcome, "figures": figures}))
-    else:
-        print()
+    print(as_json(answer, "".join(pieces) if as_text else None, figures) if options.json else "")
     if answer.finish_reason == "context":
-        positions = model.config.n_positions
-        print(
-            f"tinygpt2: stopped: all {positions} positions of the context are used", file=sys.stderr
-        )
+        print_full_context(model)
     if options.stats:
         figures["backend"] = model.backend.describe()
         print("\n".join(f"{name}: {value}" for name, value in figures.items()), file=sys.stderr)
 
 
+def as_json(answer: Answer, text: Optional[str], figures: dict[str, Any]) -> str:
+    values = {"text": text, "ids": answer.ids}
+    outcome = {"finish_reason": answer.finish_reason, "seed": answer.seed}
+    return json.dumps({**values, **outcome, "figures": figures})
+
+
+def print_full_context(model: Model) -> None:
+    used = f"all {model.config.n_positions} positions of the context are used"
+    print(f"tinygpt2: stopped: {used}", file=sys.stderr)
+
+
 def speed(n_prompt: int, times: list[float]) -> dict[str, Any]:
-    """Figures of an answer, from when it started and when each of its tokens was there."""
-    decoding = times[-1] - times[1] if len(times) > 2 else 0.0
+    """Figures of an answer. `times`: when it was begun, and when each of its tokens was there."""
+    n_new = len(times) - 1
+    first = times[1] - times[0] if n_new else None
+    rest = times[-1] - times[1] if n_new > 1 else 0.0  # what the tokens after the first one took
     return {
         "prompt_tokens": n_prompt,
-        "new_tokens": len(times) - 1,
-        "seconds_to_first_token": round(times[1] - times[0], 4) if len(times) > 1 else None,
-        "tokens_per_second": round((len(times) - 2) / decoding, 1) if decoding else None,
+        "new_tokens": n_new,
+        "seconds_to_first_token": None if first is None else round(first, 4),
+        "tokens_per_second": round((n_new - 1) / rest, 1) if rest else None,
         "peak_memory_mb": peak_memory(),
     }
 
 
 def peak_memory() -> Optional[float]:
     """The most memory that this process has held, mapped weights included, in MB."""
+    # Linux says it here. Its getrusage also counts the program that started this one.
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", read_text("/proc/self/status"), re.MULTILINE)
+    if peak:
+        return round(int(peak[1]) * 1024 / 1e6, 1)
     try:
         import resource
     except ImportError:  # Windows
@@ -3314,11 +3354,11 @@ def interact(model: Model, choices: dict[str, Any]) -> None:
                 print(piece, end="", flush=True)
             print()
             if session.finish_reason == "context":
-                print("tinygpt2: stopped: the context is full", file=sys.stderr)
+                print_full_context(model)
         except KeyboardInterrupt:
             print()
         except InputError as error:
-            print(f"tinygpt2: error: {error}", file=sys.stderr)
+            print_error(error)
         except EOFError:
             print()
             return
@@ -3334,14 +3374,10 @@ def progress_bar() -> Optional[Progress]:
         now = time.perf_counter()
         if now - last[0] > 0.1 or done >= total:
             last[0] = now
-            bar = "#" * (30 * done // max(total, 1))
+            bar, percent = "#" * (30 * done // max(total, 1)), 100 * done // max(total, 1)
             end = "\n" if done >= total else ""
-            print(
-                f"\r{label} [{bar:30}] {100 * done // max(total, 1):3}%",
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
+            sys.stderr.write(f"\r{label} [{bar:30}] {percent:3}%{end}")
+            sys.stderr.flush()
 
     return draw
 
@@ -3361,7 +3397,7 @@ def run_score(options: argparse.Namespace) -> None:
         raise InputError("no text: pass --prompt TEXT, or --prompt - to read standard input")
     with load_model(options) as model:
         score = model.score(prompt, progress_bar())
-    values = {
+    values: dict[str, Any] = {
         "tokens": len(score.ids),
         "logprob": score.total,
         "perplexity": score.perplexity,
@@ -3375,27 +3411,21 @@ def run_score(options: argparse.Namespace) -> None:
 
 
 def run_info(options: argparse.Namespace) -> None:
-    """Print a file's configuration and tensors, and check its content if asked to."""
+    """Print a file's configuration and tensors, or what computes here; check it if asked to."""
+    path = options.file or options.model
     if options.system:
-        print_table(system_facts())
+        print_table(system_facts(path))
         return
-    path = options.file or options.model or default_model()
-    with contextlib.closing(TensorFile(path)) as file:
+    with contextlib.closing(TensorFile(path or default_model())) as file:
         config = read_config(file)
         if options.verify:
             verify(file, config)
-        print_table(
-            [("file", file.path), ("size", f"{len(file.map):,} bytes"), *file_facts(file, config)]
-        )
+        print_table(file_facts(file, config))
         print()
-        rows = [("tensor", "dtype", "shape", "bytes")]
-        for name, tensor in file.tensors.items():
-            shape = " x ".join(map(str, tensor.shape))
-            rows.append((name, tensor.dtype, shape, f"{tensor.stop - tensor.start:,}"))
-        print_table(rows)
+        print_table(tensor_facts(file))
 
 
-def system_facts() -> list[tuple[str, str]]:
+def system_facts(model_path: Optional[str]) -> list[tuple[str, str]]:
     """What computes on this machine, where it was looked for, and whether it computes right."""
     import platform
 
@@ -3405,20 +3435,25 @@ def system_facts() -> list[tuple[str, str]]:
         ("processors", str(available_processors())),
         ("numpy", numpy_version()),
     ]
-    path = library_path()
-    if path is None:
-        looked = os.path.join(os.path.dirname(os.path.abspath(__file__)), LIBRARY)
-        return [*facts, ("kernels", f"none: `python build.py` makes {looked}")]
-    with load(backend="c") as model:
+    library = library_path()
+    if library is None:
+        wanted = os.path.join(os.path.dirname(os.path.abspath(__file__)), LIBRARY)
+        return [*facts, ("kernels", f"none: `python build.py` makes {wanted}")]
+    facts += [("kernels", library), ("sha256", sha256(library))]
+    try:
+        model = load(model_path, backend="c")
+    except MissingFileError:
+        if model_path is not None:
+            raise
+        return [*facts, ("c against numpy", "not checked: no default model; name a .tg2 file")]
+    with model:
         backend: Any = model.backend
-        facts += [
-            ("kernels", path),
-            ("sha256", sha256(path)),
+        return [
+            *facts,
             ("instruction set", f"{backend.isa} (TINYGPT2_ISA: {backend.isas()})"),
             ("threads", f"{backend.threads} (TINYGPT2_THREADS)"),
             ("c against numpy", compare_backends(model)),
         ]
-    return facts
 
 
 def sha256(path: str) -> str:
@@ -3437,14 +3472,14 @@ def numpy_version() -> str:
 
 
 def compare_backends(model: Model) -> str:
-    """The largest difference between the logits of C and NumPy. 1e-4 is what float32 allows."""
+    """Raise an error if the model's logits differ from NumPy's by more than float32 explains."""
     if numpy_version() == "none":
-        return "not checked, as NumPy is not installed"
+        return "not checked: NumPy is not installed"
     ids = list(range(min(64, model.config.n_positions, model.config.vocab_size)))
     with load(model.path, backend="numpy") as reference:
         expected, found = reference.logits(ids), model.logits(ids)
     difference = float(np.abs(found - expected).max() / np.abs(expected).max())
-    if not difference <= 1e-4:
+    if not difference <= 1e-4:  # also if it is NaN
         raise TinyGPT2Error(f"kernels: off by {difference:.0e} of the largest logit; {REBUILD}")
     return f"right: logits within {difference:.0e} of the largest one"
 
@@ -3452,11 +3487,21 @@ def compare_backends(model: Model) -> str:
 def file_facts(file: TensorFile, config: Config) -> list[tuple[str, str]]:
     weights = [t for t in file.tensors.values() if t.dtype == "F32"]
     facts = [
+        ("file", file.path),
+        ("size", f"{len(file.map):,} bytes"),
         ("format", f"{file.metadata['format']} {file.metadata['format_version']}"),
         ("crc32", file.metadata.get("crc32", "none")),
         ("weights", f"{sum(math.prod(t.shape) for t in weights):,} float32, padding included"),
     ]
     return facts + [(name, str(value)) for name, value in config._asdict().items()]
+
+
+def tensor_facts(file: TensorFile) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("tensor", "dtype", "shape", "bytes")]
+    for name, tensor in file.tensors.items():
+        shape = " x ".join(map(str, tensor.shape))
+        rows.append((name, tensor.dtype, shape, f"{tensor.stop - tensor.start:,}"))
+    return rows
 
 
 def verify(file: TensorFile, config: Config) -> None:
@@ -3478,28 +3523,32 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 def run_bench(options: argparse.Namespace) -> None:
     """Measure prompts and decoding; the median of the runs, in tokens per second."""
     for name in ("max_tokens", "runs"):
-        if getattr(options, name) < 1:
-            raise InputError(f"{flag_of(name)}: expected a number from 1")
+        count = getattr(options, name)
+        if count < 1:
+            raise InputError(f"{flag_of(name)}: expected a number from 1, found {count}")
     with load_model(options) as model:
-        room = model.config.n_positions
-        n_new = max(1, min(options.max_tokens, room // 2))
-        prompt = [i % model.config.vocab_size for i in range(min(512, room - n_new))]
-        prompts, decodes = [], []
-        for _ in range(max(1, options.runs)):
-            with model.session() as session:
-                started = time.perf_counter()
-                session.feed(prompt)
-                fed = time.perf_counter()
-                for token in range(n_new):
-                    session.feed([token % model.config.vocab_size])
-                prompts.append(len(prompt) / (fed - started))
-                decodes.append(n_new / (time.perf_counter() - fed))
+        positions, size = model.config.n_positions, model.config.vocab_size
+        n_new = max(1, min(options.max_tokens, positions // 2))
+        n_prompt = min(512, positions - n_new)
+        runs = [bench_run(model, n_prompt, n_new, size) for _ in range(options.runs)]
+        prompts, decodes = zip(*runs)
         name = model.backend.name
-    print(f"prompt of {len(prompt)} tokens: {median(prompts):.1f} tokens/s ({name})")
+    print(f"prompt of {n_prompt} tokens: {median(prompts):.1f} tokens/s ({name})")
     print(f"decoding after it: {median(decodes):.1f} tokens/s ({name})")
 
 
-def median(values: list[float]) -> float:
+def bench_run(model: Model, n_prompt: int, n_new: int, vocab_size: int) -> tuple[float, float]:
+    """The speed of a prompt, and of tokens that follow it one by one."""
+    with model.session() as session:
+        started = time.perf_counter()
+        session.feed([i % vocab_size for i in range(n_prompt)])
+        fed = time.perf_counter()
+        for i in range(n_new):
+            session.feed([i % vocab_size])
+        return n_prompt / (fed - started), n_new / (time.perf_counter() - fed)
+
+
+def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 

@@ -60,6 +60,7 @@ def test_python(code: str, clone: Path) -> None:
     assert run([sys.executable, "-W", "error", "-c", code], clone)
 
 
+@pytest.mark.slow
 def test_shell(clone: Path, hub: Hub) -> None:  # noqa: F811
     """In their order, for the later ones use what the earlier ones made. The hub is a local one."""
     hub.publish(clone / "path" / "to" / "checkpoint", name="gpt2")
