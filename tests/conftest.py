@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# The products of small models are small. With several threads OpenBLAS took 28 times as long for
+# them on a shared machine. It reads this once, when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

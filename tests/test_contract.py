@@ -583,7 +583,7 @@ def test_two_threads_on_one_pass(tales_path: Path) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("isa", sorted({ISAS[0], ISAS[-1]}))
+@pytest.mark.parametrize("isa", slow(sorted({ISAS[0], ISAS[-1]}), [ISAS[0]]))
 def test_other_threads_keep_running(big_path: Path, isa: str) -> None:
     """While C computes, and it does so for 20 milliseconds or so at a time, which is why an
     interrupt is noticed soon. Python itself never switches between threads here. So what another
@@ -1027,7 +1027,7 @@ print(*outcomes)
 
 
 @needs_kernels
-@pytest.mark.parametrize("computing", [False, True])
+@pytest.mark.parametrize("computing", slow([False, True], [False]))
 def test_the_end_of_the_process_is_quiet(big_path: Path, computing: bool) -> None:
     """With everything open, and with threads that nobody waits for in the middle of their work."""
     script = """
@@ -1050,8 +1050,7 @@ if sys.argv[2] == "True":
         threading.Thread(target=work, args=[event], daemon=True).start()
     assert all(event.wait(60) for event in started)
 """
-    for _ in range(2):
-        check_script(script, big_path, computing)
+    check_script(script, big_path, computing)
 
 
 # What goes wrong is said clearly
