@@ -248,10 +248,11 @@ def test_logits(example: Example, isa: str) -> None:
 @every_isa
 @pytest.mark.slow
 def test_logits_with_every_number_of_threads_and_chunk(example: Example, isa: str) -> None:
-    if example.name == TALES:
-        check_logits(example, isa, FEW if isa == "portable" else SOME)
-    else:
-        check_logits(example, isa, COMBINATIONS if example.logits.size < 1e5 else SOME)
+    is_large = example.logits.size > 1e5
+    combinations = SOME if is_large else COMBINATIONS
+    if isa == "portable":  # it is slow
+        combinations = FEW if is_large else SOME
+    check_logits(example, isa, combinations)
 
 
 @needs_kernels
