@@ -25,6 +25,8 @@ from conftest import ENVIRONMENT, ROOT, VARIABLES, Result, build, is_there, need
 
 import tinygpt2
 
+pytestmark = pytest.mark.slow
+
 LIBRARY = "tinygpt2_kernels.dylib" if sys.platform == "darwin" else "tinygpt2_kernels.so"
 ZIG = f"{shlex.quote(sys.executable)} -m ziglang cc"
 EM_AARCH64 = 183
@@ -129,7 +131,6 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Kernels(set(compiler.instruction_sets), objects, folder / LIBRARY, warnings.getvalue())
 
 
-@pytest.mark.slow
 def test_the_kernels(kernels: Kernels) -> None:
     assert kernels.warnings == ""
     loaded = library(kernels.library)
@@ -141,7 +142,6 @@ def test_the_kernels(kernels: Kernels) -> None:
         assert loaded.tg_isa_name(isa.encode()) in (isa.encode(), None)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not is_there("nm"), reason="needs nm")
 def test_only_the_interface_is_exported(kernels: Kernels) -> None:
     lines = run(["nm", "-D", "--defined-only", kernels.library], {}).out.splitlines()
@@ -150,7 +150,6 @@ def test_only_the_interface_is_exported(kernels: Kernels) -> None:
     assert {"tg_isa_name", "tg_version"} <= exported
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 machine code")
 @pytest.mark.skipif(not is_there("objdump"), reason="needs objdump")
 def test_portable_code_is_for_every_x86(kernels: Kernels) -> None:
@@ -161,7 +160,6 @@ def test_portable_code_is_for_every_x86(kernels: Kernels) -> None:
         assert "%zmm" not in code or path.name == "avx512.o", path.name
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not is_there("aarch64-linux-gnu-gcc"), reason="needs aarch64-linux-gnu-gcc")
 def test_the_kernels_for_another_architecture(tmp_path: Path) -> None:
     result = run_build(ROOT, "--output", tmp_path, CC="aarch64-linux-gnu-gcc")
@@ -205,7 +203,6 @@ def test_the_first_compiler_on_the_path(
     assert f"compiler  {folder / chosen}: " in result.out
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not is_there("ziglang"), reason="needs the package ziglang")
 def test_the_package_ziglang_where_no_compiler_is_on_the_path(small: Path, tmp_path: Path) -> None:
     result = run_build(small, PATH=str(tmp_path))
@@ -378,7 +375,6 @@ def test_standalone(small: Path, tmp_path: Path) -> None:
     assert run([command], {}) == (0, "alone 4.5.6\n", "")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("mypyc", "setuptools"))),
     reason="needs mypyc and setuptools",

@@ -28,6 +28,8 @@ from conftest import (
 
 import tinygpt2
 
+pytestmark = pytest.mark.slow
+
 NAME = "owner/name"
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"

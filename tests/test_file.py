@@ -1039,6 +1039,7 @@ LOAD_WITH_LITTLE_MEMORY = """if True:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits private memory alone")
 @pytest.mark.parametrize(("sizes", "filled", "field"), HOLES)
+@pytest.mark.slow
 def test_file_of_holes_takes_no_memory(
     tmp_path: Path, sizes: dict[str, int], filled: bool, field: str
 ) -> None:
@@ -1091,6 +1092,7 @@ SPECIAL_TOKENS = {
 
 
 @pytest.mark.parametrize(("names", "text"), SPECIAL_TOKENS.values(), ids=SPECIAL_TOKENS.keys())
+@pytest.mark.slow
 def test_hostile_special_tokens(
     small_path: Path, tmp_path: Path, names: list[str], text: str
 ) -> None:

@@ -94,6 +94,7 @@ def project(tmp_path: Path) -> Path:
 
 
 @needs_cc
+@pytest.mark.slow
 def test_a_wheel_with_the_kernels(project: Path, tmp_path: Path) -> None:
     (project / LIBRARY).write_bytes(b"a library that was built before")
     wheel, _ = make_wheel(project, tmp_path / "wheels")
@@ -118,6 +119,7 @@ def test_a_wheel_with_the_kernels(project: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_pure_wheel(project: Path, tmp_path: Path, environ: dict[str, str], words: str) -> None:
     wheel, said = make_wheel(project, tmp_path / "wheels", **environ)
     assert wheel.name == f"tinygpt2-{VERSION}-py3-none-any.whl"

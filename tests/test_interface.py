@@ -350,6 +350,7 @@ print(interrupted > 100, unusable)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer")
+@pytest.mark.slow
 def test_real_interrupts_leave_sessions_usable(toy_path: Path) -> None:
     """An interrupt can be lost inside `__del__`; Python then says so on standard error."""
     assert run_python(SIGNALS, toy_path).stdout == "True 0\n"

@@ -937,6 +937,7 @@ def logits_of(size: int) -> Sequence[np.ndarray]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 300, 4096])
 @on_every_isa
+@pytest.mark.slow
 def test_choices_are_those_of_the_formulas(isa: str, size: int) -> None:
     chooser = Chooser(size, isa)
     drawn = decided = 0

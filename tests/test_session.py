@@ -600,6 +600,7 @@ def test_an_interrupt_anywhere_leaves_the_session_whole(toy: Model, operation: s
 
 @pytest.mark.parametrize("what", ["session", "model"])
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.slow
 def test_closing_at_any_moment_is_at_worst_a_state_error(
     toy_path: Path, what: str, operation: str
 ) -> None:
@@ -899,6 +900,7 @@ def test_progress_is_told_up_to_the_end(toy: Model) -> None:
     assert done[-1] == 151
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_transformers(toy: Model) -> None:
     torch = pytest.importorskip("torch", reason="needs the reference implementation")
     lib = pytest.importorskip("transformers", reason="needs the reference implementation")

@@ -24,6 +24,7 @@ from conftest import ENVIRONMENT, ROOT, build, needs, sanitizing_compiler, write
 import tinygpt2
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform == "win32", reason="the command is for POSIX"),
     pytest.mark.skipif(
         tinygpt2.library_path() is None,

@@ -107,6 +107,7 @@ def test_stream_of_random_bytes_is_their_text(
     assert session.tokens == [0, *tokens]
 
 
+@pytest.mark.slow
 def test_stream_of_gpt2_tokens_is_their_text(
     gpt2: tinygpt2.Model, gpt2_tokenizer_path: Path, tmp_path: Path
 ) -> None:

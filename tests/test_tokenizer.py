@@ -121,6 +121,7 @@ def test_texts_of_other_projects(tokenizer: tinygpt2.Tokenizer, data: Path) -> N
         assert tokenizer.decode(vector["ids"]) == vector["text"]
 
 
+@pytest.mark.slow
 def test_tiny_shakespeare(tokenizer: tinygpt2.Tokenizer, data: Path) -> None:
     text = (data / "corpus" / "tinyshakespeare.txt").read_text("utf-8")
     ids = tokenizer.encode(text)
@@ -204,6 +205,7 @@ def test_every_code_point_has_its_class(regex_words: Words, probes: dict[range, 
     check_differences(found, set(), "regex")
 
 
+@pytest.mark.slow
 def test_classes_in_transformers(
     transformers_gpt2: Any, regex_words: Words, probes: dict[range, str]
 ) -> None:
@@ -228,6 +230,7 @@ print([first for first, text, sizes in texts if [len(word) for word in cut(text)
 
 
 @pytest.mark.parametrize("python", interpreters())
+@pytest.mark.slow
 def test_classes_in_every_python(
     regex_words: Words, probes: dict[range, str], tmp_path: Path, python: str
 ) -> None:
@@ -242,6 +245,7 @@ def test_classes_in_every_python(
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_short_texts_are_cut_as_gpt2_does(words: Words, regex_words: Words) -> None:
     """All of up to five signs: of contractions, of each class, the odd ones of Python's `re`."""
     for size in range(6):
@@ -261,6 +265,7 @@ def edges(regex_words: Words) -> list[int]:
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.slow
 def test_contexts(
     tokenizer: tinygpt2.Tokenizer, tiktoken_gpt2: Any, regex_words: Words, context: str
 ) -> None:
@@ -473,6 +478,7 @@ def processor_time(tokenizer: tinygpt2.Tokenizer, text: str) -> float:
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "'", "1 "])
+@pytest.mark.slow
 def test_time_grows_with_the_length(tokenizer: tinygpt2.Tokenizer, unit: str) -> None:
     """Eight times the text; quadratic time would make it 64."""
     short = processor_time(tokenizer, unit * 4096)

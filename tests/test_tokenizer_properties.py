@@ -60,6 +60,7 @@ def assume_known(text: str) -> None:
 
 @repeatable
 @given(texts | broken_texts | long_words)
+@pytest.mark.slow
 def test_both_paths_cut_alike(text: str) -> None:
     regex = pytest.importorskip("regex", reason="compares with regex")
     words = list(tinygpt2.ShadowCutter().cut(text))
@@ -69,6 +70,7 @@ def test_both_paths_cut_alike(text: str) -> None:
 
 @repeatable
 @given(texts | long_words)
+@pytest.mark.slow
 def test_text_comes_back(gpt2: tinygpt2.Model, text: str) -> None:
     assert gpt2.decode(gpt2.encode(text)) == text
     assert gpt2.decode(gpt2.encode(text, special=True)) == text
@@ -76,6 +78,7 @@ def test_text_comes_back(gpt2: tinygpt2.Model, text: str) -> None:
 
 @repeatable
 @given(texts | broken_texts | long_words)
+@pytest.mark.slow
 def test_equals_tiktoken(gpt2: tinygpt2.Model, tiktoken_gpt2: Any, text: str) -> None:
     assume_known(text)
     assert gpt2.encode(text) == tiktoken_gpt2.encode_ordinary(text)
@@ -83,6 +86,7 @@ def test_equals_tiktoken(gpt2: tinygpt2.Model, tiktoken_gpt2: Any, text: str) ->
 
 @repeatable
 @given(texts | long_words)
+@pytest.mark.slow
 def test_equals_transformers(gpt2: tinygpt2.Model, transformers_gpt2: Any, text: str) -> None:
     assume_known(text)
     assert gpt2.encode(text) == transformers_gpt2.encode(text, split_special_tokens=True)
@@ -91,6 +95,7 @@ def test_equals_transformers(gpt2: tinygpt2.Model, transformers_gpt2: Any, text:
 
 @repeatable
 @given(st.lists(st.integers(0, 50256), max_size=60))
+@pytest.mark.slow
 def test_any_ids_decode_as_tiktoken_does(
     gpt2: tinygpt2.Model, tiktoken_gpt2: Any, ids: list[int]
 ) -> None:
@@ -118,6 +123,7 @@ some_stops = st.lists(st.text("ab", min_size=1, max_size=5), max_size=3)
 
 @settings(repeatable, max_examples=2000)
 @given(st.lists(letters, max_size=8), some_stops)
+@pytest.mark.slow
 def test_text_is_held_back_only_while_it_may_begin_a_stop_text(
     pieces: list[str], stops: list[str]
 ) -> None:
