@@ -304,6 +304,7 @@ def test_figures_of_speed() -> None:
     assert none["tokens_per_second"] is one["tokens_per_second"] is None
 
 
+@pytest.mark.slow
 def test_peak_memory() -> None:
     """It is that of the process: it grows with what is used, and the parent's does not count."""
     if tinygpt2.peak_memory() is None:
@@ -335,6 +336,7 @@ def test_a_full_context_is_noted(toy: Model, toy_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_output_is_utf_8_in_every_locale(
     toy: Model, toy_path: Path, environ: dict[str, str]
 ) -> None:
@@ -695,6 +697,7 @@ def interpreters() -> list[str]:
 
 
 @pytest.mark.parametrize("python", interpreters())
+@pytest.mark.slow
 def test_the_file_alone_runs(python: str, toy: Model, toy_path: Path, tmp_path: Path) -> None:
     """Copied with a model into an empty folder, in every Python that is there."""
     has_numpy = subprocess.run([python, "-c", "import numpy"], capture_output=True, check=False)

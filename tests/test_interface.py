@@ -358,7 +358,7 @@ def test_real_interrupts_leave_sessions_usable(toy_path: Path) -> None:
 
 @is_source
 @pytest.mark.parametrize(
-    "every", [97, pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.soak)]
+    "every", [397, pytest.param(7, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.soak)]
 )
 def test_an_interrupt_at_any_bytecode(toy_path: Path, every: int) -> None:
     """Traced in a process of its own; with the exception held, and the session used after it."""

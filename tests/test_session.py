@@ -576,6 +576,7 @@ OPERATIONS: dict[str, Callable[[Session], object]] = {
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.slow
 def test_an_interrupt_anywhere_leaves_the_session_whole(toy: Model, operation: str) -> None:
     sessions: list[Session] = []
     expected: dict[tuple[int, ...], np.ndarray] = {}  # the model's logits after some tokens
@@ -660,6 +661,7 @@ def switching() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("switching")
+@pytest.mark.slow
 def test_eight_threads_with_sessions_of_their_own(toy_path: Path) -> None:
     def answer(model: Model, seed: int) -> str:
         session = fed(model, f"thread {seed} é")
@@ -852,6 +854,7 @@ def test_without_end_of_text_the_first_token_has_no_score(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 18, 24, 25, 26, 33, 90])
 @pytest.mark.parametrize("room", [16, 15])
+@pytest.mark.slow
 def test_a_long_text_is_scored_in_windows(tmp_path: Path, length: int, room: int) -> None:
     """Each token once, from a window that begins at least half a context before it."""
     with make_model(tmp_path, {"n_positions": room}) as model:
