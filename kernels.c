@@ -6,8 +6,8 @@
  *            into passes and whatever other texts are computed in the same pass.
  * Non-goals  Training, other number formats, other architectures, a BLAS.
  *
- * The rule behind the equal bits: vector lanes run over outputs, so every output is one chain of
- * fused multiply-adds over its inputs, in order. Sums across lanes (layer norm, softmax) are kept
+ * The rule behind the equal bits: each vector lane computes another output, so every output adds
+ * its products one after the other, in the order of its inputs, by fused multiply-adds. Sums across lanes (layer norm, softmax) are kept
  * in 16 lanes, lane = index modulo 16, and joined by one fixed tree. exp, erfc and log are
  * polynomials of our own. Nothing else may decide the order of a sum. The compiler must not fuse
  * or reorder arithmetic: build.py passes -ffp-contract=off and forbids -ffast-math.
@@ -256,7 +256,8 @@ enum { ROWS = WIDTH == 16 ? 12 : 6, PANELS = WIDTH == 16 ? 2 : 1, MOST_PANELS = 
  * memory. For many rows, what a block reads must stay in the cache from tile to tile. */
 enum { FEW_ROWS = 12, DEPTH_FOR_FEW = 1024, DEPTH_FOR_MANY = 256 };
 
-/* From row to row of a block. 17 lines modulo 4 KB keep the rows in different sets of the cache. */
+/* From row to row of a block: 17 cache lines more than a multiple of 4 KB, so that the rows fall
+ * into different sets of the cache. */
 enum { BLOCK_STRIDE = DEPTH_FOR_FEW + DEPTH_FOR_MANY + LANES };
 
 enum { AHEAD = 2048 }; /* bytes */
@@ -470,7 +471,7 @@ static void product_of_few_rows(const operands *o) {
 static prefetch of_many(const float *w, size_t to_later, int depth, int i, int tiles) {
     if (WIDTH == 16) return part_of(w + to_later, depth, i, tiles);
     if (i == 0) return same_panel(w);
-    return (prefetch){.next = (const char *)w, .step = 0}; /* nothing that is not there */
+    return (prefetch){.next = (const char *)w, .step = 0}; /* in the cache already */
 }
 
 /* Many rows: each tile goes through all panels, whose weights of this block stay in the second
@@ -792,7 +793,7 @@ typedef struct { /* a span inside a pass */
 
 typedef struct { /* a token that may be chosen */
     double score;
-    float weight; /* its probability, but for a factor, where a filter needs it */
+    float weight; /* its probability without the common factor; set by weigh */
     int32_t token;
 } candidate;
 
@@ -1436,12 +1437,12 @@ static void layer_step(tg_pass *p, int layer, int step) {
     }
 }
 
-/* The transformer: the embeddings are in x; each layer adds attention and an MLP to it; the final
- * layer norm makes of the wanted rows, in a, what the logits are computed from. */
 static int is_done(const tg_pass *p) {
     return p->step == p->model->config.n_layer * STEPS_PER_LAYER + 1;
 }
 
+/* Runs the next step of the transformer: a part of a layer, which adds attention or an MLP to x; or,
+ * at the end, the final layer norm, from whose rows in `a` the logits are computed. */
 static void next_step(tg_pass *p) {
     int layer = p->step / STEPS_PER_LAYER;
     if (layer < p->model->config.n_layer)
@@ -1708,8 +1709,9 @@ static int keep_weights(candidate *c, int n, double least) {
     return kept;
 }
 
-/* Keeps the fewest best that hold at least the part top_p of the probability. At most 1 - top_p may
- * be cut. A token with less than 1 / n of that is certainly cut: it is dropped before sorting. */
+/* Keeps the fewest best that hold at least the part top_p of the probability. The tokens that are cut
+ * hold at most 1 - top_p together. So a token below (1 - top_p) / n is always cut, and it is dropped
+ * before the rest is sorted. */
 static int keep_top_p(tg_pass *p, int n, double best, const tg_options *o) {
     candidate *c = p->candidates;
     if (o->top_p >= 1) return n;

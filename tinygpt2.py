@@ -1725,7 +1725,7 @@ class Score(NamedTuple):
     """How well a model predicts a text. Natural logarithms."""
 
     ids: list[int]
-    logprobs: list[Optional[float]]  # one for each token; None for one that nothing precedes
+    logprobs: list[Optional[float]]  # one for each token; None for a first token without context
     n_bytes: Optional[int]  # of the text in UTF-8; None for a model without a tokenizer
 
     @property
@@ -1899,6 +1899,7 @@ class Answer:
         self._output = TextOutput(sampler.options.stop, session._last_bytes())
         self._pieces: list[str] = []
         self._events: list[Event] = []
+        self._is_broken = False  # whether an interrupt or an error ended its last step halfway
 
     def __iter__(self) -> Answer:
         return self
@@ -1928,7 +1929,7 @@ class Answer:
             if not self._events:
                 self._compute_event()
             event = self._events.pop(0)
-        if self._own_session and self._has_ended():
+        if self._own_session and self._has_ended() and not self._events:
             self.session.close()
         return event
 
@@ -1937,8 +1938,10 @@ class Answer:
         if self._has_ended():
             raise StateError("stream: another thread has taken its end")
         self._check_unchanged()
+        self._is_broken = True
         while not self._events:
             advance(self.session.model, [self])
+        self._is_broken = False
 
     def result(self) -> Result:
         """Compute the answer to its end and return it whole."""
@@ -1952,7 +1955,9 @@ class Answer:
         return self.finish_reason is not None
 
     def _check_unchanged(self) -> None:
-        """Another call may have used the session, or an interrupt may have lost a token's event."""
+        """Raise if the session is not as this answer left it, or if its last step did not end."""
+        if self._is_broken:
+            raise StateError("stream: an error or an interrupt ended it; start a new one")
         expected = self._n_before + len(self.ids)
         if self.session._change != self._change or len(self.session) != expected:
             raise StateError(CHANGED)
@@ -2060,9 +2065,9 @@ class Turn:
     """One caller's turn with a session: `with Turn(session): ...`. A second caller is refused.
 
     A lock would do, were it not for Ctrl-C: an interrupt that arrives between the locking and the
-    `with` block would leave the session locked for ever. So a turn is an entry in a list that
-    counts only while this object lives; the interrupted call drops it. The first entry that
-    counts has the turn: appending to a list is one step for all threads.
+    `with` block would leave the session locked for ever. So a turn is a list entry that is valid
+    while this object exists. An interrupted call releases the object, and so the turn. The first
+    valid entry has the turn: appending to a list is one step for all threads.
     """
 
     def __init__(self, session: Session) -> None:
@@ -2128,13 +2133,13 @@ class Session(GenerateMethods):
     text) or "context" (every position is used); `seed` with which seed it was drawn.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, cache: Optional[Cache] = None) -> None:
         self.model = model
         self.finish_reason: Optional[str] = None
         self.seed: Optional[int] = None
         self.closed = False
         self._tokens: list[int] = []
-        self._cache: Optional[Cache] = model.backend.new_cache()
+        self._cache: Optional[Cache] = cache or model.backend.new_cache()
         self._logits: Any = None  # a kept row: the logits after the last token, once known
         self._claims: list[Claim] = []  # see `Turn`
         self._change = 0  # counts changes, so that an open stream notices those of others
@@ -2197,8 +2202,7 @@ class Session(GenerateMethods):
     def fork(self) -> Session:
         """A new session with the same text, at the cost of copying the used part of the cache."""
         with Turn(self):
-            fork = Session(self.model)
-            fork._cache = self._open_cache().fork()
+            fork = Session(self.model, self._open_cache().fork())
             fork._tokens = list(self._tokens)
             fork._logits = self._logits
             fork.finish_reason, fork.seed = self.finish_reason, self.seed
@@ -2273,7 +2277,7 @@ class Session(GenerateMethods):
         if self._logits is not None or capacity < 1:
             return None
         cache = self._open_cache()
-        # At least the last token: its logits may be forgotten where its keys are not.
+        # Always compute the last token: its keys may be cached although its logits are not.
         start = min(cache.length, len(self._tokens) - 1)
         tokens = self._tokens[start : start + capacity]
         return Span(cache, tokens, start, int(start + len(tokens) == len(self._tokens)))
@@ -2437,8 +2441,8 @@ class Model(GenerateMethods):
 
         The text follows end-of-text, as documents do in training; without such a token its first
         token has no score. A text longer than the context is read in windows that overlap by half,
-        and every token is scored once, with at least half a context before it. Memory does not
-        grow with the text.
+        and every token is scored once, with at least half a context before it. Beside the
+        ids and their scores, memory does not grow with the text.
         """
         tokenizer = self.tokenizer  # another thread may close the model at any time
         ids = self.tokens_of(prompt)

@@ -367,3 +367,27 @@ def test_an_interrupt_at_any_bytecode(toy_path: Path, every: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith(", bad: 0\n")
+
+
+def test_a_stream_that_was_interrupted_says_so(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last token's text may be lost: it must not go on as if nothing had happened."""
+    if not tinygpt2.__file__.endswith(".py"):
+        pytest.skip("the methods of a compiled module cannot be replaced")
+    session = model.session()
+    stream = session.stream("The", max_new_tokens=9, logit_bias={264: -1e9})
+    next(stream)
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tinygpt2.TextOutput, "push", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+    with pytest.raises(tinygpt2.StateError, match="interrupt ended it"):
+        next(stream)
+    tokens = session.tokens
+    fresh = model.generate(tokens, max_new_tokens=5, seed=1)
+    assert session.generate(max_new_tokens=5, seed=1) == fresh
