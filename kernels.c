@@ -7,10 +7,11 @@
  * Non-goals  Training, other number formats, other architectures, a BLAS.
  *
  * The rule behind the equal bits: each vector lane computes another output, so every output adds
- * its products one after the other, in the order of its inputs, by fused multiply-adds. Sums across lanes (layer norm, softmax) are kept
- * in 16 lanes, lane = index modulo 16, and joined by one fixed tree. exp, erfc and log are
- * polynomials of our own. Nothing else may decide the order of a sum. The compiler must not fuse
- * or reorder arithmetic: build.py passes -ffp-contract=off and forbids -ffast-math.
+ * its products one after the other, in the order of its inputs, by fused multiply-adds. Sums
+ * across lanes (layer norm, softmax) are kept in 16 lanes, lane = index modulo 16, and joined
+ * by one fixed tree. exp, erfc and log are polynomials of our own. Nothing else may decide the
+ * order of a sum. The compiler must not fuse or reorder arithmetic: build.py passes -ffp-
+ * contract=off and forbids -ffast-math.
  *
  * build.py compiles this file once for each instruction set, with -DTG_ISA=avx512, avx2, neon
  * or portable (sections 1 to 4, which give a table of operations), and once without it (sections 5
@@ -1441,8 +1442,8 @@ static int is_done(const tg_pass *p) {
     return p->step == p->model->config.n_layer * STEPS_PER_LAYER + 1;
 }
 
-/* Runs the next step of the transformer: a part of a layer, which adds attention or an MLP to x; or,
- * at the end, the final layer norm, from whose rows in `a` the logits are computed. */
+/* Runs the next step of the transformer: a part of a layer, which adds attention or an MLP to x;
+ * or, at the end, the final layer norm, from whose rows in `a` the logits are computed. */
 static void next_step(tg_pass *p) {
     int layer = p->step / STEPS_PER_LAYER;
     if (layer < p->model->config.n_layer)
@@ -1709,9 +1710,9 @@ static int keep_weights(candidate *c, int n, double least) {
     return kept;
 }
 
-/* Keeps the fewest best that hold at least the part top_p of the probability. The tokens that are cut
- * hold at most 1 - top_p together. So a token below (1 - top_p) / n is always cut, and it is dropped
- * before the rest is sorted. */
+/* Keeps the fewest best that hold at least the part top_p of the probability. The tokens that
+ * are cut hold at most 1 - top_p together. So a token below (1 - top_p) / n is always cut,
+ * and it is dropped before the rest is sorted. */
 static int keep_top_p(tg_pass *p, int n, double best, const tg_options *o) {
     candidate *c = p->candidates;
     if (o->top_p >= 1) return n;
