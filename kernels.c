@@ -10,8 +10,8 @@
  * its products one after the other, in the order of its inputs, by fused multiply-adds. Sums
  * across lanes (layer norm, softmax) are kept in 16 lanes, lane = index modulo 16, and joined
  * by one fixed tree. exp, erfc and log are polynomials of our own. Nothing else may decide the
- * order of a sum. The compiler must not fuse or reorder arithmetic: build.py passes -ffp-
- * contract=off and forbids -ffast-math.
+ * order of a sum. The compiler must not fuse or reorder arithmetic: build.py passes
+ * -ffp-contract=off and forbids -ffast-math.
  *
  * build.py compiles this file once for each instruction set, with -DTG_ISA=avx512, avx2, neon
  * or portable (sections 1 to 4, which give a table of operations), and once without it (sections 5
