@@ -310,7 +310,7 @@ INLINE void tile(int rows, int panels, tile_operands o) {
             for (int part = 0; part < PARTS; part++)
                 weights[j * PARTS + part] = load(o.w + j * o.w_stride + part * WIDTH);
         }
-        o.ahead.next += o.ahead.step;
+        if (rows > 1) o.ahead.next += o.ahead.step; /* one row has an address of its own */
         o.w += LANES;
 
         UNROLL

@@ -2173,8 +2173,8 @@ class Session(GenerateMethods):
     def logits(self) -> FloatArray:
         """The logits that follow the last token, float32 [vocab_size], as a new array."""
         with Turn(self), self.model.workspace() as workspace:
-            self._compute_all(workspace)
-            rows = self.model.backend.kept(workspace, self._logits).array()
+            kept = self._compute_all(workspace)
+            rows = self.model.backend.kept(workspace, kept).array()
             row: FloatArray = rows[0]
             return row
 
@@ -2282,17 +2282,20 @@ class Session(GenerateMethods):
         tokens = self._tokens[start : start + capacity]
         return Span(cache, tokens, start, int(start + len(tokens) == len(self._tokens)))
 
-    def _compute_all(self, workspace: Any) -> None:
-        """Compute the whole text and keep the logits after its last token."""
+    def _compute_all(self, workspace: Any) -> Any:
+        """Compute the whole text; keep the logits after its last token, and return them."""
         if not self._tokens:
             raise StateError("session: it is empty; feed it a text first")
         if self._is_full():
             raise ContextError("context: nothing can follow the last position; rewind first")
-        while self._logits is None:
+        kept = self._logits
+        while kept is None:
             (row,) = compute(self.model.backend, workspace, [self])
             if row is not None:
                 with naming_position(self.model, len(self) - 1):
-                    self._logits = row[0].keep(row[1])
+                    kept = row[0].keep(row[1])
+        self._logits = kept
+        return kept
 
     def _each_pass(self, workspace: Any) -> Iterator[tuple[int, Logits]]:
         """Compute the whole text and hand out the logits after every token, pass by pass."""
