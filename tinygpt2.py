@@ -190,6 +190,16 @@ def path_text(path: object, what: str) -> str:
     return os.fsdecode(path)
 
 
+def note(text: str, level: str = "WARNING") -> None:
+    """Tell those who read the log "tinygpt2" something that is not an error. Nothing is printed."""
+    import logging
+
+    logger = logging.getLogger("tinygpt2")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())  # or else Python prints warnings by itself
+    logger.log(logging.getLevelName(level), "%s", text)
+
+
 # ------------------------------------------------------------------------------------------------
 # 2. The file
 # ------------------------------------------------------------------------------------------------
@@ -542,6 +552,7 @@ class Config(NamedTuple):
     special_tokens: dict[str, int]
     add_prefix_space: bool
     pre_tokenizer: str
+    generation: dict[str, Any]  # the model's own defaults of options, by the names of `Options`
 
 
 # Sizes far beyond every GPT-2, and small enough that no product of them overflows.
@@ -600,7 +611,33 @@ def check_config(path: str, values: dict[str, Any]) -> Config:
         absent = name == "n_merges" and values[name] is None
         require(name, absent or (is_count(values[name]) and values[name] < 1 << 31), "a count")
     require("pre_tokenizer", values["pre_tokenizer"] == PRE_TOKENIZER, repr(PRE_TOKENIZER))
+    require("generation", isinstance(values["generation"], dict), "an object of options")
+    for name, value in values["generation"].items():
+        check_stored_option(path, name, value)
     return Config(**{**values, "eos_token_ids": tuple(ends)})
+
+
+STORED_OPTIONS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "max_new_tokens",
+    "max_length",  # of the prompt and the answer together; max_new_tokens comes first
+)
+
+
+def check_stored_option(path: str, name: str, value: object) -> None:
+    """Check one of a model's own defaults."""
+    if name not in STORED_OPTIONS:
+        expected = "one of " + ", ".join(STORED_OPTIONS)
+        raise FormatError(path, "config generation", expected, quote(name))
+    try:
+        check_option("max_new_tokens" if name == "max_length" else name, value, 0)
+    except InputError as error:
+        expected = "values that the options take"
+        raise FormatError(path, "config generation", expected, str(error)) from None
 
 
 def are_special_tokens(value: object, vocab_size: int) -> bool:
@@ -699,12 +736,12 @@ def read_config(file: TensorFile) -> Config:
 
 
 def from_version_1(path: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 had one end token, or null, in place of a list."""
+    """Version 1 had one end token, or null, in place of a list, and no defaults of options."""
     if "eos_token_id" not in values or "eos_token_ids" in values:
         raise FormatError(path, "config", "exactly the names of version 1", "others")
     end = values["eos_token_id"]
     rest = {name: value for name, value in values.items() if name != "eos_token_id"}
-    return {**rest, "eos_token_ids": [] if end is None else [end]}
+    return {**rest, "eos_token_ids": [] if end is None else [end], "generation": {}}
 
 
 def check_version(file: TensorFile) -> str:
@@ -1511,6 +1548,8 @@ def wanted_rows(x: Array, spans: Sequence[Span]) -> Array:
 class Options(NamedTuple):
     """How to choose tokens and when to stop, with the defaults.
 
+    A model can have defaults of its own (`Config.generation`), which come before these.
+
     The filters act in the order of the transformers library: logit_bias, repetition_penalty,
     temperature, top_k, top_p, min_p; one token always remains.
     """
@@ -1526,13 +1565,29 @@ class Options(NamedTuple):
     logit_bias: Optional[dict[int, float]] = None  # added to the logits of these tokens
 
 
-def check_options(values: dict[str, Any], vocab_size: int) -> Options:
+def check_options(values: dict[str, Any], config: Config) -> Options:
     """Check options by name; None stands for the default. NumPy's numbers become Python's."""
     for name in values:
         if name not in Options._fields:
             raise InputError(f"option {name}: there is no such option{near_name(name)}")
-    given = {name: value for name, value in values.items() if value is not None}
-    return Options(**{name: check_option(name, given[name], vocab_size) for name in given})
+    given = {name: value for name, value in config.generation.items() if name != "max_length"}
+    given.update((name, value) for name, value in values.items() if value is not None)
+    size = config.vocab_size
+    return Options(**{name: check_option(name, given[name], size) for name in given})
+
+
+def within_max_length(
+    options: Options, values: dict[str, Any], config: Config, n_prompt: int
+) -> Options:
+    """Limit the answer to the model's own max_length, unless there is a max_new_tokens."""
+    limit = config.generation.get("max_length")
+    is_given = values.get("max_new_tokens") is not None or "max_new_tokens" in config.generation
+    if limit is None or is_given:
+        return options
+    if n_prompt >= limit:
+        found = f"the model's own limit is {limit} tokens, prompt included; found {n_prompt}"
+        raise ContextError(f"max_length: {found} in the prompt; pass max_new_tokens")
+    return options._replace(max_new_tokens=limit - n_prompt)
 
 
 def check_option(name: str, value: Any, vocab_size: int) -> Any:
@@ -2227,10 +2282,13 @@ class Session(GenerateMethods):
     def _begin(
         self, tokens: list[int], values: dict[str, Any], as_text: bool, logprobs: bool, own: bool
     ) -> Answer:
-        options = check_options(values, self.model.config.vocab_size)
+        config = self.model.config
+        options = check_options(values, config)
         if as_text or options.stop:
             self.model.need_tokenizer()
         with Turn(self):
+            n_prompt = max(1, len(self) + len(tokens))  # an empty one gets a start token
+            options = within_max_length(options, values, config, n_prompt)
             self._append(tokens)
             if not self._tokens:
                 self._append([self.model.need_start_token()])
@@ -2953,10 +3011,8 @@ def numpy_instead(
     file: TensorFile, config: Config, threads: Optional[int], reason: str
 ) -> NumpyBackend:
     """The slower backend, with a word about it in the log for those who look there."""
-    import logging
-
     backend = NumpyBackend(file, config, threads)
-    logging.getLogger("tinygpt2").info("NumPy computes, and not the kernels: %s", reason)
+    note(f"NumPy computes, and not the kernels: {reason}", "INFO")
     return backend
 
 
@@ -3152,12 +3208,11 @@ CHOICE_OPTIONS = {  # by their names in `Options`
 def add_choice_options(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in CHOICE_OPTIONS.items():
         default = getattr(Options(), name)
-        shown = "a fresh one" if default is None else default
+        shown = "a fresh one" if default is None else f"the model's own, or {default}"
         parser.add_argument(
             flag_of(name),
             type=kind,
             dest=name,
-            default=default,
             metavar="N",
             help=f"{text} (default: {shown})",
         )
@@ -3275,7 +3330,7 @@ def run_generate(options: argparse.Namespace) -> None:
     choices = {name: getattr(options, name) for name in Options._fields if hasattr(options, name)}
     with load_model(options) as model:
         if prompt is None:
-            check_options(choices, model.config.vocab_size)
+            check_options(choices, model.config)
             interact(model, choices)
         else:
             print_answer(model, prompt, choices, options)

@@ -307,6 +307,7 @@ GPT2_CONFIG: dict[str, Any] = {  # of GPT-2 124M, whose config.json may be empty
     "special_tokens": {},
     "add_prefix_space": False,
     "pre_tokenizer": "gpt2",
+    "generation": {},
 }
 
 

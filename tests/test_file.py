@@ -748,6 +748,39 @@ def write_config(source: Path, path: Path, name: str, value: object) -> None:
     write_changed(source, path, change)
 
 
+def test_options_that_a_model_brings(small_path: Path, tmp_path: Path) -> None:
+    """A model's own defaults come before the module's, and an argument before both."""
+    own: dict[str, Any] = {"temperature": 2, "top_k": 5, "max_new_tokens": 3, "max_length": 4}
+    write_config(small_path, tmp_path / "own.tg2", "generation", own)
+    with tinygpt2.load(small_path) as plain, tinygpt2.load(tmp_path / "own.tg2") as model:
+        assert model.config.generation == own
+        explicit = {name: own[name] for name in ("temperature", "top_k", "max_new_tokens")}
+        for seed in range(20):
+            assert model.generate_ids([1], seed=seed, top_k=None) == plain.generate_ids(
+                [1], seed=seed, **explicit
+            )
+        greedy = plain.generate_ids([1], temperature=0, max_new_tokens=2)
+        assert model.generate_ids([1], temperature=0, max_new_tokens=2) == greedy
+
+
+def test_max_length_that_a_model_brings(small_path: Path, tmp_path: Path) -> None:
+    """It counts the prompt, and an argument max_new_tokens comes before it."""
+    write_config(small_path, tmp_path / "own.tg2", "eos_token_ids", [])
+    write_config(tmp_path / "own.tg2", tmp_path / "own.tg2", "generation", {"max_length": 4})
+    with tinygpt2.load(tmp_path / "own.tg2") as model, model.session() as session:
+        assert len(model.generate_ids([1])) == 3
+        assert len(model.generate_ids([1, 2, 3])) == 1
+        assert len(model.generate_ids([1, 2, 3], max_new_tokens=5)) == 5
+        with pytest.raises(tinygpt2.ContextError, match=r"is 4 tokens.*found 4 .*max_new"):
+            model.generate_ids([1, 2, 3, 4])
+        session.feed([1, 2])
+        assert len(session.generate_ids([3])) == 1
+        with pytest.raises(tinygpt2.ContextError, match="found 5"):
+            session.generate_ids([3])
+        assert session.tokens[:3] == [1, 2, 3]
+        assert len(session) == 4  # the refused prompt was not taken
+
+
 @pytest.mark.parametrize(("name", "value", "field"), BAD_METADATA)
 def test_bad_metadata(
     small_path: Path, tmp_path: Path, name: str, value: object, field: str
@@ -776,6 +809,7 @@ BAD_VALUES: dict[str, list[object]] = {
     "n_merges": [-1, 1.0, True, "8", 2**31, 10**400],
     "n_token_bytes": [None, -1, 1.0, False, "8", 2**31],
     "pre_tokenizer": [None, "gpt4", 2, ["gpt2"]],
+    "generation": [None, [], "x", {"seed": 1}, {"top_k": -1}, {"top_p": 0}, {"temperature": "1"}],
 }
 BAD_CONFIG: list[tuple[str, object, str]] = [
     *((name, NONE, "config") for name in tinygpt2.Config._fields),

@@ -146,6 +146,7 @@ def checkpoint_config(path: str, vocabulary: Vocabulary | None) -> tinygpt2.Conf
     values = {name: content.get(name, default) for name, default in GPT2_DEFAULTS.items()}
     values["eos_token_ids"] = end_tokens(path, values["vocab_size"], values.pop("eos_token_id"))
     simplify(values)
+    values["generation"] = {}
     values.update(vocabulary_config(vocabulary))
     refuse_small_vocabulary(path, values["vocab_size"], vocabulary)
     return tinygpt2.check_config(path, values)

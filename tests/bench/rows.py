@@ -48,6 +48,7 @@ GPT2 = tinygpt2.Config(
     special_tokens={},
     add_prefix_space=False,
     pre_tokenizer="gpt2",
+    generation={},
 )
 
 
