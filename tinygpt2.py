@@ -78,7 +78,9 @@ if TYPE_CHECKING:
 
     FloatArray = numpy.typing.NDArray[numpy.float32]
 
-vars(sys.modules[__name__])["FloatArray"] = Any  # for hints at run time: NumPy may be absent
+with contextlib.suppress(KeyError):  # a program may execute this file without registering it
+    # For hints that are read at run time, when NumPy may be absent.
+    vars(sys.modules[__name__]).update(FloatArray=Any, ModuleType=Any)
 
 Array = Any  # a NumPy array inside this module; its shape stands in the comments
 Path = Union[str, "os.PathLike[str]"]
@@ -145,6 +147,7 @@ class MissingFileError(FormatError, FileNotFoundError):
 
     def __init__(self, path: str, field: str, expected: str, found: str, advice: str = "") -> None:
         super().__init__(path, field, expected, found, advice)
+        self.args = (path, field, expected, found, advice)
         self.errno, self.strerror, self.filename = errno.ENOENT, found, path
         self.filename2 = None
 
@@ -172,7 +175,7 @@ class DownloadError(TinyGPT2Error):
 def quote(value: object) -> str:
     """`value` as an error message shows it: in ASCII, and at most a line."""
     try:
-        text = ascii(value)
+        text = " ".join(ascii(value).split("\n"))
     except Exception:  # an integer of thousands of digits, or an object that cannot show itself
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else text[:60] + f"... ({len(text)} characters)"
@@ -1738,7 +1741,8 @@ def adjust(logits: Array, sampler: Sampler) -> Array:
     if options.repetition_penalty != 1 and sampler.seen:
         tokens = np.fromiter(sampler.seen, np.int64)
         s, penalty = scores[tokens], options.repetition_penalty
-        scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
+        with np.errstate(over="ignore"):  # a bias can be huge
+            scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
     if scores.max() == -np.inf:
         raise InputError(EVERY_TOKEN_FORBIDDEN)
     return scores
@@ -1773,7 +1777,7 @@ class Result(NamedTuple):
     ids: list[int]  # its tokens, those of a stop text included
     finish_reason: str  # "length", "end", "stop" or "context"; see `Session`
     seed: int  # with which it can be repeated
-    logprobs: list[float]  # the log-probability of each token, before temperature and filters
+    logprobs: Optional[list[float]]  # of each token, before temperature and filters; None: unknown
 
 
 class Score(NamedTuple):
@@ -2004,7 +2008,7 @@ class Answer:
             pass
         text = "".join(self._pieces) if self._tokenizer else None
         reason = self.finish_reason or ""
-        return Result(text, self.ids, reason, self.seed, self._logprobs or [])
+        return Result(text, self.ids, reason, self.seed, self._logprobs)
 
     def _has_ended(self) -> bool:
         return self.finish_reason is not None
@@ -2135,6 +2139,7 @@ class Turn:
         self.claims.append(
             (weakref.ref(self.life), threading.get_ident(), id(frame.f_back or frame))
         )
+        del frame  # it holds itself, and so this turn and its session until a garbage collection
         if first_living(self.claims) is not self.life:
             self.__exit__()
             raise StateError("session: in use by another thread; give each thread its own")
@@ -2264,7 +2269,7 @@ class Session(GenerateMethods):
             return fork
 
     def close(self) -> None:
-        """Free the cache. Every other call fails from here on; closing again is allowed."""
+        """Free the cache. What computes fails from here on; closing again is allowed."""
         self.closed = True
         self._cache = self._logits = None
 
@@ -2590,21 +2595,26 @@ def default_model() -> str:
     return companion_path("tales.tg2", "default model", "name a .tg2 file, ")
 
 
+COMPANIONS: dict[str, ModuleType] = {}  # those that have been run
+
+
 def load_companion(name: str) -> ModuleType:
     """Run a file of vendor/ as a module. It gets this module, whatever its name, as `tinygpt2`."""
     from importlib import util
 
-    full_name = f"{__name__}.vendor.{name}"
-    if full_name not in sys.modules:
-        spec = util.spec_from_file_location(full_name, companion_path(f"{name}.py", "companion"))
+    if name not in COMPANIONS:
+        path = companion_path(f"{name}.py", "companion")
+        spec = util.spec_from_file_location(f"{__name__}.vendor.{name}", path)
         if spec is None or spec.loader is None:
             raise TinyGPT2Error(f"vendor/{name}.py: Python finds no loader for it")
+        if __name__ not in sys.modules:
+            raise TinyGPT2Error(f"vendor/{name}.py: needs this module in sys.modules; import it")
         module = util.module_from_spec(spec)
         module.tinygpt2 = sys.modules[__name__]  # type: ignore[attr-defined]
         import_numpy()  # which companions import, too: a clear error where it is missing
         spec.loader.exec_module(module)
-        sys.modules[full_name] = module
-    return sys.modules[full_name]
+        COMPANIONS[name] = module
+    return COMPANIONS[name]
 
 
 def convert(source: Path, out: Path, progress: Optional[Progress] = None) -> None:
@@ -2726,6 +2736,7 @@ class Kernels:
             "tg_pass_free": (None, [pointer]),
             "tg_forward": (number, [pointer, spans, number]),
             "tg_logits": (number, [pointer, number, c.POINTER(pointer)]),
+            "tg_check": (number, [pointer, pointer]),
             "tg_choose": (number, [pointer, pointer, options, c.POINTER(i32)]),
             "tg_log_probability": (number, [pointer, pointer, i32, c.POINTER(c.c_double)]),
             "tg_top": (
@@ -2765,12 +2776,14 @@ class Handle:
     """Owns a pointer from C and frees it when collected; keeps `owner` alive until then."""
 
     def __init__(self, pointer: Any, free: Callable[[Any], None], owner: object) -> None:
-        self.pointer = pointer
-        self.free = free
         self.owner = owner
+        self.free = free
+        self.pointer = pointer  # last: from here on `__del__` has something to free
 
     def __del__(self) -> None:
-        self.free(self.pointer)
+        pointer = getattr(self, "pointer", None)  # an interrupt can end `__init__` at any point
+        if pointer is not None:
+            self.free(pointer)
 
 
 def check_status(status: int) -> None:
@@ -2881,9 +2894,10 @@ class CLogits:
 
     def keep(self, row: int) -> Any:
         c = self.backend.kernels.c
-        self.top(row, 1)  # for its check that all are finite
+        pointer = self.pointer(row)
+        check_status(self.backend.library.tg_check(self.workspace.handle.pointer, pointer))
         kept = (c.c_float * self.backend.config.vocab_size)()
-        c.memmove(kept, self.pointer(row), c.sizeof(kept))
+        c.memmove(kept, pointer, c.sizeof(kept))
         return kept
 
 

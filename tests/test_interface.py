@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import copy
+import gc
+import importlib.util
 import inspect
 import logging
 import pickle
 import subprocess
 import sys
 import typing
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Optional, SupportsFloat, SupportsIndex, Union
 
 import numpy as np
 import pytest
-from conftest import in_threads, run_python
+from conftest import ROOT, in_threads, run_python
 
 import tinygpt2
 from tinygpt2 import Model, Options, Session
 
 METHODS = ("generate", "stream", "complete", "generate_ids", "stream_ids")
 is_source = pytest.mark.skipif(
-    not tinygpt2.__file__.endswith(".py"), reason="a compiled module has no hints"
+    not tinygpt2.__file__.endswith(".py"), reason="compiled classes lack hints, weak references"
 )
 
 
@@ -391,3 +394,54 @@ def test_a_stream_that_was_interrupted_says_so(
     tokens = session.tokens
     fresh = model.generate(tokens, max_new_tokens=5, seed=1)
     assert session.generate(max_new_tokens=5, seed=1) == fresh
+
+
+# What is left when an object is dropped
+
+
+@is_source
+@pytest.mark.parametrize("what", ["session", "stream", "model"])
+def test_objects_are_freed_without_the_garbage_collector(toy_path: Path, what: str) -> None:
+    """A session has 75 MB of keys and values with GPT-2: it must go when its last name goes."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = tinygpt2.load(toy_path)
+        session = model.session()
+        session.feed([1, 2])
+        stream = model.stream([3], max_new_tokens=4, seed=1)
+        next(stream)
+        watched = weakref.ref({"session": session, "stream": stream.session, "model": model}[what])
+        del model, session, stream
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_the_file_runs_without_being_registered_as_a_module(toy_path: Path) -> None:
+    """Programs that load plug-ins execute a file so."""
+    spec = importlib.util.spec_from_file_location("nobody_knows_it", ROOT / "tinygpt2.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with module.load(toy_path) as model:
+        assert len(model.generate_ids([1], max_new_tokens=2, temperature=0)) <= 2
+    with pytest.raises(module.TinyGPT2Error, match=r"sys\.modules"):
+        module.convert("a", "b")
+
+
+def test_a_module_that_is_imported_twice_has_its_own_errors() -> None:
+    script = """
+import sys, tinygpt2
+def refused(module):
+    try:
+        module.convert("/none", "/none.tg2")
+    except module.TinyGPT2Error:
+        return "ours"
+refused(tinygpt2)
+del sys.modules["tinygpt2"]
+import tinygpt2
+print(refused(tinygpt2))
+"""
+    assert run_python(script).stdout == "ours\n"

@@ -733,3 +733,12 @@ def test_defaults_are_those_of_options(toy: tinygpt2.Model) -> None:
     assert Options()[:5] == (200, 0.8, 40, 1.0, 0.0)
     written = Options(seed=5)._asdict()
     assert toy.generate("a", seed=5) == toy.generate("a", **written)
+
+
+def test_a_huge_bias_with_a_penalty_is_no_warning(choose: Choose) -> None:
+    """Other programs turn warnings into errors, as these tests do."""
+    logits = np.zeros(4, np.float32)
+    for bias, penalty in ((-1e308, 1e6), (-1.7e308, 1e-6)):
+        biases = {1: bias}
+        options = Options(seed=1, logit_bias=biases, repetition_penalty=penalty, top_k=2)
+        assert choose(logits, Sampler(options, [1, 2]), 0) in range(4)
