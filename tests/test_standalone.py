@@ -176,8 +176,17 @@ def to_version_1(header: dict[str, Any]) -> dict[str, Any]:
     del metadata["header_crc32"]
     config = json.loads(metadata["config"])
     ends = config.pop("eos_token_ids")
+    del config["generation"]
     metadata["config"] = json.dumps({**config, "eos_token_id": ends[0] if ends else None})
     return {**header, "__metadata__": metadata}
+
+
+def with_config(source: Path, changes: dict[str, Any]) -> bytes:
+    """A file with other values in its configuration."""
+    header, data = unpack(source)
+    metadata = header["__metadata__"]
+    metadata["config"] = json.dumps({**json.loads(metadata["config"]), **changes})
+    return pack(header, data)
 
 
 class Example(NamedTuple):
@@ -348,6 +357,60 @@ def test_full_context(command: Command, python: Python, toy_path: Path) -> None:
             assert found == python(*line)
             assert len(found.out.split()) == min(most, 65 - length)
             assert (found.err != "") == (most > 65 - length)
+
+
+# A model's own options, those of the command line, and those that do the same to a model without
+# any. The prompt has three tokens.
+OWN_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
+    ({"temperature": 2, "top_k": 5}, "", "--temperature 2 --top-k 5"),
+    ({"temperature": 0.3}, "--top-k 3", "--temperature 0.3 --top-k 3"),
+    ({"top_k": 0, "temperature": 9.0e-1}, "--temperature 2", "--temperature 2 --top-k 0"),
+    ({"top_p": 0.2, "max_new_tokens": 9}, "", "--top-p 0.2 --max-tokens 9"),
+    ({"top_k": 10**30, "min_p": 0.5}, "", "--top-k 300 --min-p 0.5"),
+    ({"min_p": 1, "repetition_penalty": 2}, "--min-p 0", "--repetition-penalty 2"),
+    ({"temperature": 0, "repetition_penalty": 1.5}, "--repetition-penalty 1", "--temperature 0"),
+    ({"max_length": 8}, "", "--max-tokens 5"),
+    ({"max_length": 4}, "", "--max-tokens 1"),
+    ({"max_length": 8}, "--max-tokens 9", "--max-tokens 9"),
+    ({"max_length": 3, "max_new_tokens": 6}, "", "--max-tokens 6"),
+    ({"max_length": 3, "max_new_tokens": 0}, "--max-tokens 2", "--max-tokens 2"),
+    ({"max_length": 10**30, "temperature": 5}, "", "--temperature 5 --max-tokens 1000"),
+]
+
+
+def test_options_that_a_model_brings(
+    command: Command, python: Python, toy_path: Path, tmp_path: Path
+) -> None:
+    """An option that is given comes first, then the model's own, then the program's."""
+    path, plain = tmp_path / "own.tg2", tmp_path / "plain.tg2"
+    plain.write_bytes(with_config(toy_path, {"eos_token_ids": []}))
+    line = ["--ids", "9 8 7", "--seed", 3]
+    for own, given, same in OWN_OPTIONS:
+        path.write_bytes(with_config(plain, {"generation": own}))
+        answer = command("--model", path, *line, *given.split())
+        assert answer == python("--model", path, *line, *given.split()), own
+        assert answer == command("--model", plain, *line, *same.split()), own
+        assert answer != command("--model", plain, *line, *given.split()) or given, own
+
+
+def test_max_length_that_a_model_brings(
+    command: Command, python: Python, toy_path: Path, tmp_path: Path
+) -> None:
+    """It counts the prompt. A prompt that is too long is an error with the words of Python."""
+    path = tmp_path / "m.tg2"
+    path.write_bytes(with_config(toy_path, {"generation": {"max_length": 3}}))
+    for ids, n_new in (("", 2), ("5", 2), ("5 6", 1)):
+        line = ["--model", path, "--ids", ids, "--seed", 1]
+        assert command(*line) == python(*line)
+        assert len(command(*line).out.split()) == n_new
+    for ids in ("5 6 7", "5 6 7 8", "5 " * 99):
+        message = command.error(2, "--model", path, "--ids", ids)
+        assert message.startswith("max_length: the model's own limit is 3 tokens")
+        assert python("--model", path, "--ids", ids).err == f"tinygpt2: error: {message}\n"
+    for limit in (0, 1):
+        path.write_bytes(with_config(toy_path, {"generation": {"max_length": limit}}))
+        message = command.error(2, "--model", path, "--ids", "")
+        assert python("--model", path, "--ids", "").err == f"tinygpt2: error: {message}\n"
 
 
 LEADS = [0xC2, 0xDF, 0xE0, 0xE1, 0xEC, 0xED, 0xEE, 0xEF, 0xF0, 0xF1, 0xF3, 0xF4]
@@ -673,12 +736,45 @@ BAD_VALUES: dict[str, list[str]] = {  # of the configuration, as JSON
     "n_merges": ["-1", "1.0", "true", '"8"', "2147483648", "0", "null", "9"],
     "n_token_bytes": ["null", "-1", "1.0", "false", "2147483648", "1", "1000000"],
     "pre_tokenizer": ["null", '"gpt4"', "2"],
+    "generation": [
+        *("null", "[]", "true", "{", '{"seed":1}', '{"":1}', '{"top_k":1,}', '{"top_k"}'),
+        *('{"top_k":1,"top_k":1}', '{"top_k":1 "top_p":1}', '{"TOP_K":1}', '{"max_tokens":1}'),
+        *(
+            f'{{"{name}":{value}}}'
+            for name in ("top_k", "max_new_tokens", "max_length")
+            for value in ("-1", "1.0", "1e2", "true", '"1"', "null", "[1]", "{}", "+1", "01", "1_0")
+        ),
+        *(
+            f'{{"{name}":{value}}}'
+            for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+            for value in ("-1e-9", "1e7", "NaN", "Infinity", "1e999", "true", '"1"', "null", "[]")
+        ),
+        *('{"temperature":1000000.1}', '{"temperature":0x10}', '{"temperature":1.}'),
+        *('{"top_p":0}', '{"top_p":-0.0}', '{"top_p":1e-999}', '{"top_p":1.0001}', '{"top_p":.5}'),
+        *('{"min_p":1.0001}', '{"min_p":1e}', '{"repetition_penalty":0}'),
+        *('{"repetition_penalty":9e-7}', f'{{"temperature":1{"0" * 400}}}'),
+    ],
+}
+GOOD_VALUES: dict[str, list[str]] = {
+    "generation": [
+        '{"temperature":1000000,"top_k":0,"top_p":1,"min_p":1.0}',
+        '{ "max_length" : -0 , "max_new_tokens" : 0, "repetition_penalty" : 0.000001 }',
+        f'{{"top_k":1{"0" * 400},"top_p":4.9E-324,"temperature":-0.0,"min_p":1e-999}}',
+    ],
 }
 BAD_SIZES = [  # good by themselves, but not the sizes of the tensors
     *(("vocab_size", "271"), ("vocab_size", "273"), ("n_positions", "10"), ("n_embd", "8")),
     *(("n_layer", "2"), ("n_layer", "4096"), ("n_inner", "20"), ("n_inner", "33"), ("n_head", "4")),
     *(("tie_word_embeddings", "true"), ("n_token_bytes", "290"), ("n_head", "12")),
 ]
+
+
+def with_value(header: dict[str, Any], name: str, value: str) -> str:
+    """The text of the configuration with another value, as JSON, of one name."""
+    text: str = header["__metadata__"]["config"]
+    before = json.dumps({name: json.loads(text)[name]})[1:-1]
+    assert text.count(before) == 1
+    return text.replace(before, f'"{name}": {value}')
 
 
 def bad_configs(header: dict[str, Any]) -> Iterator[str]:
@@ -702,10 +798,8 @@ def bad_configs(header: dict[str, Any]) -> Iterator[str]:
     for name in values:
         yield json.dumps({key: value for key, value in values.items() if key != name})
     for name, bad in (*BAD_VALUES.items(), *((name, [value]) for name, value in BAD_SIZES)):
-        before = json.dumps({name: values[name]})[1:-1]
-        assert text.count(before) == 1
         for value in bad:
-            yield text.replace(before, f'"{name}": {value}')
+            yield with_value(header, name, value)
 
 
 def bad_tensors(header: dict[str, Any], data: bytes) -> Iterator[bytes]:
@@ -796,6 +890,16 @@ def test_hostile_headers(either: Command, small_path: Path, tmp_path: Path) -> N
     for text in bad_configs(header):
         changed = {**header, "__metadata__": {**header["__metadata__"], "config": text}}
         assert not check_as_python(either, path, pack(changed, data)), text[:999]
+
+
+def test_good_values(either: Command, small_path: Path, tmp_path: Path) -> None:
+    """Those at the ends of their ranges, and in all spellings of JSON."""
+    header, data = unpack(small_path)
+    for name, values in GOOD_VALUES.items():
+        for value in values:
+            config = with_value(header, name, value)
+            changed = {**header, "__metadata__": {**header["__metadata__"], "config": config}}
+            assert check_as_python(either, tmp_path / "good.tg2", pack(changed, data)), value
 
 
 def test_unusual_but_good_headers(either: Command, small_path: Path, tmp_path: Path) -> None:

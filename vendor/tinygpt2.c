@@ -19,6 +19,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <inttypes.h>
 #include <sched.h>
 #include <stdarg.h>
@@ -714,7 +715,124 @@ static int check_version(const tensor_file *f) {
     return 1;
 }
 
-/* ---- 6. The configuration ---------------------------------------------------------------------*/
+/* ---- 6. Options that say how tokens are chosen and when to stop -------------------------------
+ * Each has a value on the command line, or else in the file, or else one of this program. */
+
+enum { /* in the order of the table */
+    MAX_TOKENS,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    MIN_P,
+    REPETITION_PENALTY,
+    MAX_LENGTH, /* of the prompt and the answer together; only files have it */
+    N_CHOICES
+};
+
+/* What is known of an option. */
+typedef struct {
+    const char *name; /* in a file */
+    bool is_whole;
+    double least;
+    double most;      /* larger whole numbers count as this */
+    double usual;     /* the value if there is no other */
+    const char *expected;
+} choice;
+
+static const choice choices[N_CHOICES] = {
+    {"max_new_tokens", true, 0, INT32_MAX, 200, "a whole number from 0"},
+    {"temperature", false, 0, 1e6, 0.8, "a number from 0 to 1e6"},
+    {"top_k", true, 0, INT32_MAX, 40, "a whole number from 0 (0: all tokens)"},
+    {"top_p", false, DBL_TRUE_MIN, 1, 1, "above 0, at most 1"},
+    {"min_p", false, 0, 1, 0, "a number from 0 to 1"},
+    {"repetition_penalty", false, 1e-6, 1e6, 1, "a number from 1e-6 to 1e6"},
+    {"max_length", true, 0, INT32_MAX, INT32_MAX, "a whole number from 0"},
+};
+
+/* Where a name is in the table; N_CHOICES if it is not. */
+static int find_choice(slice name) {
+    int which = 0;
+
+    while (which < N_CHOICES && !equal(name, choices[which].name)) which++;
+    return which;
+}
+
+/* All names, for an error message. */
+static line choice_names(void) {
+    line text = format("one of %s", choices[0].name);
+
+    for (int i = 1; i < N_CHOICES; i++) text = format("%s, %s", text.text, choices[i].name);
+    return text;
+}
+
+/* The values of some options. */
+typedef struct {
+    bool is_set[N_CHOICES];
+    double values[N_CHOICES];
+} chosen;
+
+/* A whole number in decimal, with or without a sign. Values beyond 10^17 count as 10^17, so that
+ * one more digit never overflows. */
+static bool parse_whole(slice s, int64_t *value) {
+    const int64_t most = INT64_C(100000000000000000);
+    bool negative = s.n && s.text[0] == '-';
+    size_t first = s.n && (s.text[0] == '-' || s.text[0] == '+');
+
+    *value = 0;
+    for (size_t i = first; i < s.n; i++) {
+        if (s.text[i] < '0' || s.text[i] > '9') return false;
+        *value = *value * 10 + (s.text[i] - '0');
+        if (*value > most) *value = most;
+    }
+    if (negative) *value = -*value;
+    return s.n > first;
+}
+
+/* A number in decimal: not nan, inf or 0x10. The bytes after the text must end somewhere with a
+ * zero, which ends strtod. */
+static bool parse_real(slice s, double *value) {
+    char *end;
+
+    for (size_t i = 0; i < s.n; i++) {
+        if (!strchr("0123456789+-.eE", s.text[i])) return false;
+    }
+    if (s.n == 0) return false;
+    *value = strtod(s.text, &end);
+    return end == s.text + s.n;
+}
+
+/* Set an option to the value in a text; false if it does not take this value. */
+static bool set_choice(chosen *c, int which, slice text) {
+    const choice *option = &choices[which];
+    double value;
+    int64_t whole;
+
+    if (option->is_whole) {
+        if (!parse_whole(text, &whole)) return false;
+        value = whole < option->most ? (double)whole : option->most;
+    } else if (!parse_real(text, &value)) {
+        return false;
+    }
+    c->is_set[which] = true;
+    c->values[which] = value;
+    return value >= option->least && value <= option->most;
+}
+
+/* Take the values that are set in `more`, but not in `c`. */
+static void add_choices(chosen *c, const chosen *more) {
+    for (int i = 0; i < N_CHOICES; i++) {
+        if (c->is_set[i] || !more->is_set[i]) continue;
+        c->is_set[i] = true;
+        c->values[i] = more->values[i];
+    }
+}
+
+/* The value of an option, or the usual one. */
+static double value_of(const chosen *c, int which) {
+    return c->is_set[which] ? c->values[which] : choices[which].usual;
+}
+
+/* ---- 7. The configuration ---------------------------------------------------------------------*/
 
 enum { /* its names, in the order of the table */
     VOCAB_SIZE,
@@ -737,6 +855,7 @@ enum { /* its names, in the order of the table */
     N_TOKEN_BYTES,
     SPECIAL_TOKENS,
     PRE_TOKENIZER,
+    GENERATION,
     N_NAMES
 };
 
@@ -760,6 +879,7 @@ static const char *const config_names[N_NAMES] = {
     "n_token_bytes",
     "special_tokens",
     "pre_tokenizer",
+    "generation", /* version 2 */
 };
 
 static const uint64_t size_limits[N_SIZES] = {1 << 24, 1 << 24, 1 << 17, 1 << 12, 1 << 12, 1 << 20};
@@ -780,6 +900,7 @@ typedef struct {
     bool has_tokenizer;
     uint64_t n_merges;
     uint64_t n_token_bytes;
+    chosen choices; /* the model's own */
 } config;
 
 /* What an error message calls a value of the configuration. */
@@ -897,6 +1018,35 @@ static void read_merges(json *j, config *c) {
     if (c->has_tokenizer) c->n_merges = read_small_count(j, N_MERGES);
 }
 
+/* Read the model's own value of an option. */
+static void read_choice(json *j, chosen *c, int which) {
+    line field = format("config generation %s", choices[which].name);
+
+    if (c->is_set[which]) refuse(j->path, field.text, "one value", "two");
+    skip_blanks(j);
+    char *start = j->at;
+    if (!set_choice(c, which, read_number(j))) {
+        j->at = start;
+        refuse(j->path, field.text, choices[which].expected, upcoming(j).text);
+    }
+}
+
+/* Read the model's own values of options. */
+static void read_choices(json *j, config *c) {
+    bool first = true;
+    slice name;
+
+    expect(j, '{');
+    while (next_name(j, &first, &name)) {
+        int which = find_choice(name);
+        if (which == N_CHOICES) {
+            line field = field_of(GENERATION);
+            refuse(j->path, field.text, choice_names().text, quote(name).text);
+        }
+        read_choice(j, &c->choices, which);
+    }
+}
+
 /* Read the value of one name. */
 static void read_value(json *j, config *c, int which) {
     switch (which) {
@@ -939,6 +1089,9 @@ static void read_value(json *j, config *c, int which) {
         case PRE_TOKENIZER:
             read_pre_tokenizer(j);
             break;
+        case GENERATION:
+            read_choices(j, c);
+            break;
         default:
             c->sizes[which] = read_size(j, which);
     }
@@ -952,12 +1105,17 @@ static int find_config_name(slice name) {
     return which;
 }
 
+/* Whether a version of the format has a name. */
+static bool has_name(int version, int which) {
+    if (which == EOS) return version == 1;
+    if (which == EOS_LIST || which == GENERATION) return version == 2;
+    return true;
+}
+
 /* Which values have been read must be all of the version's. */
 static void check_names(const char *path, const bool *seen, int version) {
-    int unwanted = version == 1 ? EOS_LIST : EOS;
-
     for (int i = 0; i < N_NAMES; i++) {
-        if (seen[i] == (i != unwanted)) continue;
+        if (seen[i] == has_name(version, i)) continue;
         line found = format("%s %s", seen[i] ? "unknown" : "missing", config_names[i]);
         refuse(path, "config", "exactly the known names", found.text);
     }
@@ -1001,7 +1159,7 @@ static config read_config(const tensor_file *f, int version) {
     return c;
 }
 
-/* ---- 7. The model's tensors -------------------------------------------------------------------*/
+/* ---- 8. The model's tensors -------------------------------------------------------------------*/
 
 /* Finds the tensors one after the other, in the order of tinygpt2.py's `layout`. */
 typedef struct {
@@ -1165,7 +1323,7 @@ static vocabulary find_vocabulary(finder *s, const config *c) {
     return v;
 }
 
-/* ---- 8. The model -----------------------------------------------------------------------------*/
+/* ---- 9. The model -----------------------------------------------------------------------------*/
 
 /* All that is needed of a file. */
 typedef struct {
@@ -1175,8 +1333,9 @@ typedef struct {
     int64_t *offsets; /* of the weights in the map */
     tg_config config;
     vocabulary vocabulary;
-    bool *ends;    /* [vocab_size]: whether a token ends a text */
-    int64_t start; /* the token that an empty text begins with; NO_ID: none */
+    bool *ends;     /* [vocab_size]: whether a token ends a text */
+    int64_t start;  /* the token that an empty text begins with; NO_ID: none */
+    chosen choices; /* the model's own values of options */
 } weight_file;
 
 /* The configuration as kernels.c wants it. The limits of the sizes are below 2^31. */
@@ -1239,6 +1398,7 @@ static weight_file open_weights(const char *path) {
         .vocabulary = v,
         .ends = mark_ends(path, &c),
         .start = c.n_ends ? c.ends[0] : c.bos,
+        .choices = c.choices,
     };
     free(c.ends);
     free(f.tensors);
@@ -1273,15 +1433,15 @@ static tg_model *new_model(const weight_file *w, int threads) {
     return need(tg_model_new(&w->config, w->map, w->offsets, NULL, threads));
 }
 
-/* ---- 9. The command line ----------------------------------------------------------------------*/
+/* ---- 10. The command line ---------------------------------------------------------------------*/
 
 typedef struct {
     const char *model;
     slice ids; /* token ids in decimal, separated by blanks or commas */
     bool text; /* print text, not ids */
-    int64_t max_tokens;
+    uint64_t seed;
     int threads; /* 0: the default */
-    tg_options options;
+    chosen choices;
 } settings;
 
 static const char help[] =
@@ -1292,14 +1452,17 @@ static const char help[] =
     "  --model FILE            a .tg2 file\n"
     "  --ids IDS               the prompt as token ids: \"15496 995\"; - reads standard input\n"
     "  --text                  print the text of the new tokens, not their ids\n"
-    "  --max-tokens N          tokens to generate at most (default: 200)\n"
-    "  --temperature N         0 always takes the most probable token (default: 0.8)\n"
-    "  --top-k N               choose among the k most probable tokens; 0: all (default: 40)\n"
+    "  --max-tokens N          tokens to generate at most (default: the model's own, or 200)\n"
+    "  --temperature N         0 always takes the most probable token"
+    " (default: the model's own, or 0.8)\n"
+    "  --top-k N               choose among the k most probable tokens; 0: all"
+    " (default: the model's own, or 40)\n"
     "  --top-p N               choose among the fewest that hold this much probability"
-    " (default: 1.0)\n"
+    " (default: the model's own, or 1.0)\n"
     "  --min-p N               leave out tokens below this fraction of the best one"
-    " (default: 0.0)\n"
-    "  --repetition-penalty N  above 1 avoids what was said (default: 1.0)\n"
+    " (default: the model's own, or 0.0)\n"
+    "  --repetition-penalty N  above 1 avoids what was said"
+    " (default: the model's own, or 1.0)\n"
     "  --seed N                the same seed gives the same text (default: a fresh one)\n"
     "  --threads N             processors to use (default: all, or $TINYGPT2_THREADS)\n"
     "  --help, --version       print this, or the version, and exit\n"
@@ -1309,48 +1472,6 @@ static const char help[] =
 
 _Noreturn static void bad_option(const char *name, const char *expected, const char *value) {
     fail(WRONG_USAGE, "%s: expected %s, found %s", name, expected, quote(slice_of(value)).text);
-}
-
-/* A whole number in decimal, with or without a sign. Values beyond 10^17 count as 10^17, so that
- * one more digit never overflows. */
-static bool parse_whole(slice s, int64_t *value) {
-    const int64_t most = INT64_C(100000000000000000);
-    bool negative = s.n && s.text[0] == '-';
-    size_t first = s.n && (s.text[0] == '-' || s.text[0] == '+');
-
-    *value = 0;
-    for (size_t i = first; i < s.n; i++) {
-        if (s.text[i] < '0' || s.text[i] > '9') return false;
-        *value = *value * 10 + (s.text[i] - '0');
-        if (*value > most) *value = most;
-    }
-    if (negative) *value = -*value;
-    return s.n > first;
-}
-
-/* The value of an option that is a whole number from `least` to `most`. Larger ones count as
- * `most` if `clamp` says so. */
-static int64_t whole_option(const char *name, const char *value, int64_t least, int64_t most,
-                            bool clamp, const char *expected) {
-    int64_t number;
-    bool good = parse_whole(slice_of(value), &number);
-
-    if (good && clamp && number > most) number = most;
-    if (!good || number < least || number > most) bad_option(name, expected, value);
-    return number;
-}
-
-/* The value of an option that is a number from `least` to `most`, in decimal. */
-static double number_option(const char *name, const char *value, double least, double most,
-                            const char *expected) {
-    bool decimal = value[strspn(value, "0123456789+-.eE")] == 0; /* not nan, inf or 0x */
-    char *end;
-    double number = strtod(value, &end);
-
-    if (!decimal || end == value || *end || number < least || number > most) {
-        bad_option(name, expected, value);
-    }
-    return number;
 }
 
 /* A seed: any whole number, modulo 2^64. */
@@ -1365,55 +1486,46 @@ static uint64_t seed_option(const char *name, const char *value) {
     return *value == '-' ? 0 - seed : seed;
 }
 
-/* top_p, which must be above 0. */
-static double top_p_option(const char *name, const char *value) {
-    const char *expected = "above 0, at most 1";
-    double number = number_option(name, value, 0, 1, expected);
+/* The number of threads. */
+static int threads_option(const char *name, const char *value) {
+    int64_t count;
 
-    if (number == 0) bad_option(name, expected, value);
-    return number;
+    if (!parse_whole(slice_of(value), &count) || count < 1 || count > MAX_THREADS) {
+        bad_option(name, "a number from 1 to 256", value);
+    }
+    return (int)count;
 }
 
-/* The options that have a value, in the order of the table. */
-enum {
-    MODEL,
-    IDS,
-    MAX_TOKENS,
-    TEMPERATURE,
-    TOP_K,
-    TOP_P,
-    MIN_P,
-    REPETITION_PENALTY,
-    SEED,
-    THREADS,
-    N_OPTIONS
-};
+/* The options that have a value, in the order of the table, after those above. */
+enum { MODEL = N_CHOICES, IDS, SEED, THREADS, N_OPTIONS };
 
 static const char *const option_names[N_OPTIONS] = {
-    "--model",
-    "--ids",
-    "--max-tokens",
-    "--temperature",
-    "--top-k",
-    "--top-p",
-    "--min-p",
-    "--repetition-penalty",
-    "--seed",
-    "--threads",
+    [MAX_TOKENS] = "--max-tokens",
+    [TEMPERATURE] = "--temperature",
+    [TOP_K] = "--top-k",
+    [TOP_P] = "--top-p",
+    [MIN_P] = "--min-p",
+    [REPETITION_PENALTY] = "--repetition-penalty",
+    [MAX_LENGTH] = NULL,
+    [MODEL] = "--model",
+    [IDS] = "--ids",
+    [SEED] = "--seed",
+    [THREADS] = "--threads",
 };
 
 /* Where a name is in the table; N_OPTIONS if it is not. */
 static int find_option(const char *name) {
     int which = 0;
 
-    while (which < N_OPTIONS && strcmp(name, option_names[which]) != 0) which++;
+    for (; which < N_OPTIONS; which++) {
+        if (option_names[which] && !strcmp(name, option_names[which])) break;
+    }
     return which;
 }
 
 /* Set an option. A wrong value ends the program. */
 static void set_option(settings *s, int which, const char *value) {
     const char *name = option_names[which];
-    tg_options *o = &s->options;
 
     switch (which) {
         case MODEL:
@@ -1422,33 +1534,15 @@ static void set_option(settings *s, int which, const char *value) {
         case IDS:
             s->ids = slice_of(value);
             break;
-        case MAX_TOKENS:
-            s->max_tokens = whole_option(name, value, 0, INT32_MAX, true, "a whole number from 0");
-            break;
-        case TEMPERATURE:
-            o->temperature = number_option(name, value, 0, 1e6, "a number from 0 to 1e6");
-            break;
-        case TOP_K:
-            o->top_k = (int32_t)whole_option(name, value, 0, INT32_MAX, true,
-                                             "a whole number from 0 (0: all tokens)");
-            break;
-        case TOP_P:
-            o->top_p = top_p_option(name, value);
-            break;
-        case MIN_P:
-            o->min_p = number_option(name, value, 0, 1, "a number from 0 to 1");
-            break;
-        case REPETITION_PENALTY:
-            o->repetition_penalty =
-                number_option(name, value, 1e-6, 1e6, "a number from 1e-6 to 1e6");
-            break;
         case SEED:
-            o->seed = seed_option(name, value);
+            s->seed = seed_option(name, value);
             break;
         case THREADS:
-            s->threads =
-                (int)whole_option(name, value, 1, MAX_THREADS, false, "a number from 1 to 256");
+            s->threads = threads_option(name, value);
             break;
+        default:
+            if (set_choice(&s->choices, which, slice_of(value))) break;
+            bad_option(name, choices[which].expected, value);
     }
 }
 
@@ -1504,13 +1598,8 @@ static uint64_t fresh_seed(void) {
 }
 
 static settings read_arguments(int count, char **words) {
-    settings s = {.max_tokens = 200};
+    settings s = {.seed = fresh_seed()};
 
-    s.options.temperature = 0.8;
-    s.options.top_k = 40;
-    s.options.top_p = 1;
-    s.options.repetition_penalty = 1;
-    s.options.seed = fresh_seed();
     for (int i = 1; i < count;) i += read_option(&s, words + i);
     if (!s.model) fail(WRONG_USAGE, "no model: pass --model FILE.tg2");
     if (!s.ids.text) {
@@ -1561,7 +1650,7 @@ static slice read_input(void) {
     }
 }
 
-/* ---- 10. Token ids ----------------------------------------------------------------------------*/
+/* ---- 11. Token ids ----------------------------------------------------------------------------*/
 
 static bool is_separator(char c) {
     return c == ' ' || c == ',' || (c >= '\t' && c <= '\r');
@@ -1593,9 +1682,9 @@ static size_t count_ids(slice text) {
     return n;
 }
 
-/* Read n token ids, which must be in the vocabulary and not more than the model has positions.
- * Returns memory for as many tokens as a text can have, which is one more. */
-static int32_t *read_ids(slice text, size_t n, const tg_config *c) {
+/* Read token ids, which must be in the vocabulary; those beyond the positions of the model are only
+ * checked. Returns memory for as many tokens as a text can have, which is one more. */
+static int32_t *read_ids(slice text, const tg_config *c) {
     size_t room = (size_t)c->n_positions;
     int32_t *tokens = need(malloc((room + 1) * sizeof *tokens));
     slice rest = text;
@@ -1610,15 +1699,17 @@ static int32_t *read_ids(slice text, size_t n, const tg_config *c) {
         }
         if (i < room) tokens[i] = (int32_t)id;
     }
-    if (n > room) {
-        fail(WRONG_USAGE,
-             "context: expected at most %zu tokens, the positions of the model, found %zu",
-             room, n);
-    }
     return tokens;
 }
 
-/* ---- 11. Text that grows ----------------------------------------------------------------------*/
+/* The prompt must not have more tokens than the model has positions. */
+static void check_room(size_t n_prompt, const tg_config *c) {
+    if (n_prompt <= (size_t)c->n_positions) return;
+    fail(WRONG_USAGE, "context: expected at most %d tokens, the positions of the model, found %zu",
+         c->n_positions, n_prompt);
+}
+
+/* ---- 12. Text that grows ----------------------------------------------------------------------*/
 
 typedef struct {
     const weight_file *file;
@@ -1626,6 +1717,7 @@ typedef struct {
     tg_cache *cache;
     tg_pass *pass;
     tg_options options;
+    int64_t most;      /* how many tokens to generate at most */
     int32_t *tokens;   /* [n_positions + 1] */
     int32_t n;         /* how many tokens there are */
     int32_t n_cached;  /* of how many the cache holds keys and values */
@@ -1676,16 +1768,50 @@ static void begin(generation *g, size_t n_prompt) {
     for (int32_t i = g->n < 4 ? 0 : g->n - 4; i < g->n; i++) add_text(g, g->tokens[i], false);
 }
 
+/* How the kernels are to choose tokens. */
+static tg_options kernel_options(const chosen *c, uint64_t seed) {
+    return (tg_options){
+        .temperature = value_of(c, TEMPERATURE),
+        .top_k = (int32_t)value_of(c, TOP_K),
+        .top_p = value_of(c, TOP_P),
+        .min_p = value_of(c, MIN_P),
+        .repetition_penalty = value_of(c, REPETITION_PENALTY),
+        .seed = seed,
+    };
+}
+
+/* How many tokens to generate at most: max_new_tokens if there is one, or else up to max_length,
+ * which counts the prompt too. */
+static int64_t count_wanted(const chosen *c, size_t n_prompt) {
+    int64_t limit = (int64_t)value_of(c, MAX_LENGTH);
+    int64_t n = n_prompt ? (int64_t)n_prompt : 1; /* an empty one gets a start token */
+
+    if (c->is_set[MAX_TOKENS] || !c->is_set[MAX_LENGTH]) return (int64_t)value_of(c, MAX_TOKENS);
+    if (n >= limit) {
+        fail(WRONG_USAGE,
+             "max_length: the model's own limit is %" PRId64 " tokens, prompt included; "
+             "found %" PRId64 " in the prompt; pass max_new_tokens",
+             limit, n);
+    }
+    return limit - n;
+}
+
 /* Check the prompt against the model, and make all that generating needs. */
 static generation new_generation(const weight_file *w, const settings *o, slice ids,
                                  size_t n_prompt) {
     size_t vocab_size = (size_t)w->config.vocab_size;
-    generation g = {.file = w, .options = o->options, .print_text = o->text};
+    generation g = {.file = w, .print_text = o->text};
+    chosen c = o->choices;
+
+    add_choices(&c, &w->choices);
+    g.options = kernel_options(&c, o->seed);
 
     if (o->text && !w->vocabulary.offsets) {
         fail_for_file(WRONG_USAGE, w->path, "no tokenizer inside: leave out --text to print ids");
     }
-    g.tokens = read_ids(ids, n_prompt, &w->config);
+    g.tokens = read_ids(ids, &w->config);
+    g.most = count_wanted(&c, n_prompt);
+    check_room(n_prompt, &w->config);
     g.seen = need(malloc(vocab_size * sizeof *g.seen));
     g.is_seen = need(calloc(vocab_size, sizeof *g.is_seen));
     begin(&g, n_prompt);
@@ -1750,12 +1876,12 @@ static bool is_full(const generation *g) {
     return g->n > g->file->config.n_positions;
 }
 
-/* Print up to max_tokens new tokens, until one ends the text or all positions are used. Returns
- * how many. */
-static int64_t generate(generation *g, int64_t max_tokens) {
+/* Print new tokens, as many as are wanted, until one ends the text or all positions are used.
+ * Returns how many. */
+static int64_t generate(generation *g) {
     int64_t count = 0;
 
-    while (count < max_tokens && !is_full(g)) {
+    while (count < g->most && !is_full(g)) {
         int32_t token = choose_next(g);
         if (g->file->ends[token]) break;
         append_token(g, token);
@@ -1766,11 +1892,11 @@ static int64_t generate(generation *g, int64_t max_tokens) {
 }
 
 /* End the output: a character that never ends is not UTF-8. */
-static void finish(const generation *g, int64_t count, int64_t max_tokens) {
+static void finish(const generation *g, int64_t count) {
     if (count && g->unfinished.held) fputs(REPLACEMENT, stdout);
     putchar('\n');
     flush_output();
-    if (count == max_tokens || !is_full(g)) return;
+    if (count == g->most || !is_full(g)) return;
     fprintf(stderr, "tinygpt2: stopped: all %d positions of the context are used\n",
             g->file->config.n_positions);
 }
@@ -1801,7 +1927,7 @@ int main(int count, char **words) {
 
     weight_file file = open_weights(options.model);
     generation g = new_generation(&file, &options, ids, n_prompt);
-    finish(&g, generate(&g, options.max_tokens), options.max_tokens);
+    finish(&g, generate(&g));
     free_generation(&g);
     close_weights(&file);
     return 0;
