@@ -262,7 +262,7 @@ class TensorFile:
     def array(self, name: str) -> Array:
         """The tensor as a read-only NumPy array over the mapped file (BF16 as its 16 bits)."""
         tensor = self.tensors[name]
-        code = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}[tensor.dtype]
+        code = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}[tensor.dtype]
         count = math.prod(tensor.shape)
         if not count:  # frombuffer refuses an offset at the very end of the file
             return np.empty(tensor.shape, code)

@@ -112,15 +112,16 @@ def test_types_may_be_mixed(tmp_path: Path, weights: Weights) -> None:
 
 
 def test_tied_head_is_stored_once(tmp_path: Path, weights: Weights) -> None:
-    """Some checkpoints of tied models hold the head's matrix too; it is not another one."""
+    """Some checkpoints of tied models hold the head's matrix too, with the same numbers."""
     tied = {**CONFIG, "tie_word_embeddings": True}
-    out = convert(write_checkpoint(tmp_path / "tied", tied, weights))
     expected = {name: array for name, array in weights.items() if name != "lm_head.weight"}
+    both = {**weights, "lm_head.weight": weights["wte.weight"]}
+    out = convert(write_checkpoint(tmp_path / "tied", tied, both))
     assert_same_bits(stored_weights(out), expected)
 
 
 @pytest.mark.parametrize(
-    "name", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "ln_1", "h.", "ln_f", ""]
+    "name", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "ln_1", "h.", "ln_", ""]
 )
 def test_missing_biases_are_zeros(tmp_path: Path, weights: Weights, name: str) -> None:
     def is_gone(tensor: str) -> bool:
@@ -301,7 +302,7 @@ GPT2_CONFIG: dict[str, Any] = {  # of GPT-2 124M, whose config.json may be empty
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
     "bos_token_id": 50256,
-    "eos_token_ids": (50256,),
+    "eos_token_ids": (),  # transformers takes end tokens only from what the files say
     "n_merges": None,
     "n_token_bytes": 0,
     "special_tokens": {},
@@ -312,9 +313,8 @@ GPT2_CONFIG: dict[str, Any] = {  # of GPT-2 124M, whose config.json may be empty
 
 
 def test_defaults_are_those_of_gpt2(tmp_path: Path) -> None:
-    path = tmp_path / "config.json"
-    path.write_text("{}", "utf-8")
-    config = tinygpt2.load_companion("convert").checkpoint_config(str(path), None)
+    (tmp_path / "config.json").write_text("{}", "utf-8")
+    config = tinygpt2.load_companion("convert").checkpoint_config(str(tmp_path), None)
     assert config == tinygpt2.Config(**GPT2_CONFIG)
 
 
@@ -372,6 +372,7 @@ def test_a_value_that_is_left_out(
         ("bos_token_id", 3, 3),
         ("bos_token_id", 269, 269),
         ("bos_token_id", 270, None),
+        ("bos_token_id", -1, None),
     ],
 )
 def test_configuration_is_kept(
@@ -386,6 +387,8 @@ def test_configuration_is_kept(
     ("value", "expected"),
     [
         (None, ()),
+        (-1, ()),
+        ([264, -1], (264,)),
         (0, (0,)),
         (269, (269,)),
         (270, ()),
@@ -547,7 +550,7 @@ CUTTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated"}
 WORDPIECE = {"type": "WordPiece", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
 INDEX = "model.safetensors.index.json"
-BAD_TOKENS: list[object] = [-1, 1.0, True, "264", {}, [264, -1], [264, None], [True], [[264]]]
+BAD_TOKENS: list[object] = [1.0, True, "264", {}, [264, None], [True], [[264]]]
 REFUSALS: dict[str, tuple[Spoil, str, str]] = {
     "no config": (without("config.json"), "config.json", "file"),
     "config is not JSON": (text("config.json", "{"), "config.json", "content"),
@@ -584,11 +587,17 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
             ("layer_norm_epsilon", 10**400),
             ("scale_attn_weights", 1),
             ("tie_word_embeddings", None),
-            ("bos_token_id", -1),
             ("n_embd", 131_073),
             ("n_positions", 2**24 + 1),
-            *zip(["eos_token_id"] * len(BAD_TOKENS), BAD_TOKENS),
         ]
+    },
+    **{
+        f"eos_token_id {value}": (config_with(eos_token_id=value), "config.json", "eos_token_id")
+        for value in BAD_TOKENS
+    },
+    **{
+        f"bos_token_id {value}": (config_with(bos_token_id=value), "config.json", "bos_token_id")
+        for value in [*BAD_TOKENS, [264]]
     },
     "no weights": (without("model.safetensors"), "model.safetensors", "checkpoint"),
     "pickled": (only_pickled, "model.safetensors", "checkpoint"),
@@ -627,7 +636,7 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
         name: (more(name), "model.safetensors", f"tensor '{name}'")
         for name in [
             *("h.0.adapter.weight", "h.0.attn.c_attn.lora_A.weight", "h.1.crossattention.q.weight"),
-            *("h.2.ln_1.weight", "transformer.h.0.ln_3.bias", "transformer.ln_f.bias"),
+            *("transformer.h.0.ln_3.bias", "transformer.ln_f.bias", "h.00.ln_1.bias"),
             "lm_head.bias",
         ]
     },
@@ -904,7 +913,7 @@ def test_what_was_written_is_checked(tmp_path: Path) -> None:
     companion = tinygpt2.load_companion("convert")
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**CONFIG, "n_head": 3}), "utf-8")
-    config = companion.checkpoint_config(str(path), None)._replace(n_head=4)
+    config = companion.checkpoint_config(str(tmp_path), None)._replace(n_head=4)
     sizes = [tinygpt2.byte_size(*entry) for entry in tinygpt2.layout(config).values()]
     with pytest.raises(tinygpt2.FormatError) as caught:
         companion.write_tg2(str(tmp_path / "out.tg2"), config, iter([bytes(sum(sizes))]), None)

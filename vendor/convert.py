@@ -25,6 +25,7 @@ import re
 import struct
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
 import numpy as np
@@ -51,12 +52,23 @@ def convert(source: Path, out: Path, progress: Progress | None = None) -> None:
     folder, files = find_checkpoint(tinygpt2.path_text(source, "source"))
     target = tinygpt2.path_text(out, "out")
     vocabulary = read_vocabulary(folder)
-    config = checkpoint_config(os.path.join(folder, "config.json"), vocabulary)
+    config = checkpoint_config(folder, vocabulary)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(contextlib.closing(tinygpt2.TensorFile(f))) for f in files]
-        checkpoint = Checkpoint(opened)
-        checkpoint.refuse_unknown(config)
-        write_tg2(target, config, tg2_data(config, checkpoint, vocabulary), progress)
+        write_model(target, files[0], config, read_tensors(opened), vocabulary, progress)
+
+
+def write_model(
+    path: str,
+    source: str,
+    config: tinygpt2.Config,
+    tensors: dict[str, Weights],
+    vocabulary: Vocabulary | None,
+    progress: Progress | None,
+) -> None:
+    """Write a .tg2 file from the tensors of a checkpoint, by the names that they have there."""
+    config, parts = arrange(source, config, gpt2_parts(source, tensors))
+    write_tg2(path, config, tg2_data(config, parts, vocabulary), progress)
 
 
 def write_tg2(
@@ -72,6 +84,7 @@ def write_tg2(
 # ------------------------------------------------------------------------------------------------
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
 
 # The defaults of transformers' GPT2Config, used where config.json has no value.
 GPT2_DEFAULTS: dict[str, Any] = {
@@ -87,25 +100,67 @@ GPT2_DEFAULTS: dict[str, Any] = {
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
     "bos_token_id": 50256,
-    "eos_token_id": 50256,
+}
+OTHER_NAMES = {  # GPT2Config's attribute_map: these come before the names above
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 SAME_ACTIVATION = {  # other names in transformers for the same function
-    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_accurate": "gelu_new",
     "gelu_fast": "gelu_new",
     "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+}
+UNSUPPORTED = {  # entries of config.json that make another model of the same tensors
+    "add_cross_attention": "encoders are not supported",
+    "is_encoder_decoder": "encoders are not supported",
+    "per_layer_config": "layers of different sizes are not supported",
+    "quantization_config": "save the model with float weights: load it, `dequantize()`, save it",
+    "transformers_weights": f"rename that file to {WEIGHTS}, and remove this entry",
+}
+SETTINGS_NOT_HONOURED: dict[str, Any] = {  # of generation, each with the value of no effect
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "constraints": None,
+    "dola_layers": None,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1,
+    "max_time": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "token_healing": False,
+    "top_h": None,
+    "typical_p": 1,
+    "watermarking_config": None,
 }
 
 
 def find_checkpoint(source: str) -> tuple[str, list[str]]:
     """The folder of a checkpoint and the paths of its .safetensors files."""
     if os.path.isfile(source):
-        return os.path.dirname(source) or ".", [source]
+        return find_by_file(os.path.dirname(source) or ".", source)
+    refuse_adapter(os.path.join(source, "adapter_config.json"))
     single = os.path.join(source, WEIGHTS)
     index = os.path.join(source, WEIGHTS_INDEX)
-    if os.path.exists(single):
+    if os.path.isfile(single):
         return source, [single]
     if os.path.exists(index):
-        return source, [os.path.join(source, shard) for shard in shard_names(index)]
+        return source, shard_paths(source, index)
     advice = "name the folder that contains it"
     if os.path.exists(os.path.join(source, "pytorch_model.bin")):
         advice = (
@@ -117,8 +172,29 @@ def find_checkpoint(source: str) -> tuple[str, list[str]]:
     )
 
 
-def shard_names(index: str) -> list[str]:
-    """The file names in an index of shards. A name must not lead to another folder."""
+def find_by_file(folder: str, source: str) -> tuple[str, list[str]]:
+    """The files of a checkpoint that is named by its file: the weights, or the index of shards."""
+    name = os.path.basename(source)
+    if name.endswith(".safetensors.index.json"):
+        return folder, shard_paths(folder, source)
+    if name.startswith("adapter_model."):
+        refuse_adapter(source)
+    shard = re.search(r"-([0-9]{5})-of-([0-9]{5})\.safetensors$", name)
+    if shard and shard[2] != "00001":
+        found, advice = f"shard {int(shard[1])} of {int(shard[2])}", "name the folder or the index"
+        raise tinygpt2.FormatError(source, "checkpoint", "all weights of a model", found, advice)
+    return folder, [source]
+
+
+def refuse_adapter(path: str) -> None:
+    """An adapter (PEFT) changes the model that it lies beside, or is a part of one."""
+    if os.path.exists(path):
+        advice = "merge it first: `model.merge_and_unload().save_pretrained(folder)`"
+        raise tinygpt2.FormatError(path, "checkpoint", "a whole model", "a PEFT adapter", advice)
+
+
+def shard_paths(folder: str, index: str) -> list[str]:
+    """The files that an index of shards names. A name must not lead to another folder."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not tinygpt2.is_text_map(shards) or not shards:
         found = tinygpt2.quote(shards)
@@ -127,7 +203,7 @@ def shard_names(index: str) -> list[str]:
         if os.path.basename(shard) != shard or shard in ("", ".", ".."):
             expected = "names of files in the same folder"
             raise tinygpt2.FormatError(index, "weight_map", expected, tinygpt2.quote(shard))
-    return sorted(set(shards.values()))
+    return [os.path.join(folder, shard) for shard in sorted(set(shards.values()))]
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -139,14 +215,13 @@ def read_json(path: str) -> dict[str, Any]:
         return tinygpt2.parse_json_object(path, "content", file[:])
 
 
-def checkpoint_config(path: str, vocabulary: Vocabulary | None) -> tinygpt2.Config:
-    """Read config.json, with GPT-2's defaults for missing values; refuse other architectures."""
+def checkpoint_config(folder: str, vocabulary: Vocabulary | None) -> tinygpt2.Config:
+    """The configuration that transformers reads from a folder; other architectures are refused."""
+    path = os.path.join(folder, "config.json")
     content = read_json(path)
     refuse_other_architectures(path, content)
-    values = {name: content.get(name, default) for name, default in GPT2_DEFAULTS.items()}
-    values["eos_token_ids"] = end_tokens(path, values["vocab_size"], values.pop("eos_token_id"))
-    simplify(values)
-    values["generation"] = {}
+    values = model_values(content)
+    values.update(generation_values(folder, content, values["vocab_size"]))
     values.update(vocabulary_config(vocabulary))
     refuse_small_vocabulary(path, values["vocab_size"], vocabulary)
     return tinygpt2.check_config(path, values)
@@ -158,31 +233,17 @@ def refuse_other_architectures(path: str, content: dict[str, Any]) -> None:
     if kind != "gpt2":
         advice = "only models with GPT-2's architecture are supported"
         raise tinygpt2.FormatError(path, "model_type", "'gpt2'", tinygpt2.quote(kind), advice)
-    if content.get("add_cross_attention"):
-        advice = "encoders are not supported"
-        raise tinygpt2.FormatError(path, "add_cross_attention", "false", "true", advice)
+    for name, advice in UNSUPPORTED.items():
+        value = content.get(name)
+        if value is not None and value is not False:
+            raise tinygpt2.FormatError(path, name, "none", tinygpt2.quote(value), advice)
 
 
-def end_tokens(path: str, vocab_size: object, value: object) -> list[int]:
-    """The end tokens that config.json names: one id, a list of ids, or null.
-
-    Ids beyond the vocabulary are dropped: smaller models often keep GPT-2's own id by mistake.
-    """
-    tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(map(tinygpt2.is_count, tokens)):
-        expected = "a token id, a list of token ids or null"
-        raise tinygpt2.FormatError(path, "config eos_token_id", expected, tinygpt2.quote(value))
-    return list(dict.fromkeys(token for token in tokens if not is_beyond(token, vocab_size)))
-
-
-def is_beyond(token: object, vocab_size: object) -> bool:
-    """Whether both are counts, and the token is not in a vocabulary of that size."""
-    both = tinygpt2.is_count(token) and tinygpt2.is_count(vocab_size)
-    return both and token >= vocab_size  # type: ignore[operator]
-
-
-def simplify(values: dict[str, Any]) -> None:
-    """Replace values that transformers accepts by the ones with the same meaning in a .tg2 file."""
+def model_values(content: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the model, with GPT-2's defaults, in the words of a .tg2 file."""
+    named = {OTHER_NAMES[name]: content[name] for name in OTHER_NAMES if name in content}
+    content = {**content, **named}
+    values = {name: content.get(name, default) for name, default in GPT2_DEFAULTS.items()}
     if values["n_inner"] is None and tinygpt2.is_count(values["n_embd"]):
         values["n_inner"] = 4 * values["n_embd"]
     activation = values["activation_function"]
@@ -190,8 +251,77 @@ def simplify(values: dict[str, Any]) -> None:
     epsilon = values["layer_norm_epsilon"]
     if tinygpt2.is_count(epsilon) and epsilon == 0:
         values["layer_norm_epsilon"] = 0.0
-    if is_beyond(values["bos_token_id"], values["vocab_size"]):
-        values["bos_token_id"] = None
+    return values
+
+
+def generation_values(folder: str, content: dict[str, Any], vocab_size: object) -> dict[str, Any]:
+    """How the model generates: generation_config.json decides alone, else config.json does.
+
+    So end tokens that only config.json names do not count beside a generation_config.json. The
+    token before a text is a property of the model: config.json names it where the other does not.
+    """
+    path, settings = os.path.join(folder, GENERATION_CONFIG), content
+    if os.path.exists(path):
+        settings = read_json(path)
+    else:
+        path = os.path.join(folder, "config.json")
+    ends = token_ids(path, "eos_token_id", settings.get("eos_token_id"), vocab_size)
+    default = content.get("bos_token_id", GPT2_DEFAULTS["bos_token_id"])
+    bos = settings.get("bos_token_id", default)
+    if isinstance(bos, list):
+        raise tinygpt2.FormatError(path, "bos_token_id", "a token id or null", tinygpt2.quote(bos))
+    if not ends and content.get("eos_token_id") is not None:
+        tinygpt2.note(f"{path}: it names no end token of the vocabulary, so no token ends a text")
+    return {
+        "eos_token_ids": ends,
+        "bos_token_id": next(iter(token_ids(path, "bos_token_id", bos, vocab_size)), None),
+        "generation": generation_options(path, settings),
+    }
+
+
+def token_ids(path: str, name: str, value: object, vocab_size: object) -> list[int]:
+    """The tokens that a file names: one id, a list of ids, or null.
+
+    Ids beyond the vocabulary are dropped: smaller models often keep GPT-2's own id by mistake, and
+    some write -1 for none.
+    """
+    tokens: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        expected = "a token id, a list of token ids or null"
+        raise tinygpt2.FormatError(path, name, expected, tinygpt2.quote(value))
+    size: Any = vocab_size if tinygpt2.is_count(vocab_size) else 0
+    return list(dict.fromkeys(token for token in tokens if 0 <= token < size))
+
+
+def generation_options(path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The options of generation that stand in a file, for `tinygpt2.Options`."""
+    refuse_invalid_settings(path, settings)
+    given = {name: settings[name] for name in tinygpt2.STORED_OPTIONS if name in settings}
+    options = {name: value for name, value in given.items() if value is not None}
+    if settings.get("do_sample") is False:
+        options["temperature"] = 0
+    top_p = options.get("top_p")
+    if isinstance(top_p, (int, float)) and (top_p == 0 or top_p > 1):
+        options["top_p"] = 1e-9 if top_p == 0 else 1.0  # the best token alone, and all tokens
+    for name, value in options.items():
+        tinygpt2.check_stored_option(path, name, value)
+    return options
+
+
+def refuse_invalid_settings(path: str, settings: dict[str, Any]) -> None:
+    """Refuse what `GenerationConfig` refuses; note the settings that have no counterpart here."""
+    sampling = settings.get("do_sample")
+    if not isinstance(sampling, (bool, type(None))):
+        found = tinygpt2.quote(sampling)
+        raise tinygpt2.FormatError(path, "do_sample", "true, false or null", found)
+    for name in ("max_length", "max_new_tokens"):
+        if tinygpt2.is_count(settings.get(name)) and settings[name] == 0:
+            raise tinygpt2.FormatError(path, name, "a whole number from 1", "0")
+    neutral = SETTINGS_NOT_HONOURED
+    others = [name for name in neutral if settings.get(name) not in (None, neutral[name])]
+    if others:
+        names = ", ".join(others)
+        tinygpt2.note(f"{path}: {names}: generation here does not have these settings")
 
 
 def vocabulary_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
@@ -205,6 +335,12 @@ def vocabulary_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
     }
 
 
+def is_beyond(token: object, vocab_size: object) -> bool:
+    """Whether both are counts, and the token is not in a vocabulary of that size."""
+    both = tinygpt2.is_count(token) and tinygpt2.is_count(vocab_size)
+    return both and token >= vocab_size  # type: ignore[operator]
+
+
 def refuse_small_vocabulary(path: str, vocab_size: object, vocabulary: Vocabulary | None) -> None:
     """Refuse a tokenizer with a token that the model has no embedding for."""
     last = max(vocabulary.tokens, default=0) if vocabulary else 0
@@ -214,68 +350,6 @@ def refuse_small_vocabulary(path: str, vocab_size: object, vocabulary: Vocabular
         raise tinygpt2.FormatError(path, "vocab_size", expected, str(vocab_size), advice)
 
 
-class Weights(NamedTuple):
-    """The numbers of a tensor in a checkpoint."""
-
-    dtype: str  # F32, F16, or BF16, whose numbers are 16-bit integers in `array`
-    array: Array
-
-
-class Checkpoint:
-    """The tensors of a checkpoint, from one file or several, by their names without prefix."""
-
-    def __init__(self, files: list[tinygpt2.TensorFile]) -> None:
-        self.path = files[0].path
-        self.tensors: dict[str, tuple[tinygpt2.TensorFile, str]] = {}
-        for file in files:
-            for name in file.tensors:
-                self.add(file, name)
-
-    def add(self, file: tinygpt2.TensorFile, name: str) -> None:
-        prefix = "transformer."  # of GPT2LMHeadModel; GPT2Model writes none
-        short = name[len(prefix) :] if name.startswith(prefix) else name
-        if short in self.tensors:
-            field = f"tensor {tinygpt2.quote(name)}"
-            raise tinygpt2.FormatError(file.path, field, "one of this name", "a second one")
-        self.tensors[short] = (file, name)
-
-    def refuse_unknown(self, config: tinygpt2.Config) -> None:
-        """Refuse parts that GPT-2 does not have: without them, the results would be wrong."""
-        known = tinygpt2.layout(config)
-        for short, (file, name) in self.tensors.items():
-            if short not in known and is_part(short):
-                field = f"tensor {tinygpt2.quote(name)}"
-                expected = f"only tensors of {config.n_layer} GPT-2 blocks"
-                advice = "adapters and other architectures are not supported; merge or remove them"
-                raise tinygpt2.FormatError(file.path, field, expected, "an unknown one", advice)
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def weights(self, name: str, shape: tuple[int, ...]) -> Weights:
-        """The numbers of a tensor, which must be there and have this shape."""
-        if name not in self.tensors:
-            expected = f"a tensor {list(shape)}"
-            raise tinygpt2.FormatError(self.path, f"tensor {name}", expected, "no such tensor")
-        file, full_name = self.tensors[name]
-        tensor, field = file.tensors[full_name], f"tensor {full_name}"
-        if tensor.dtype not in ("F32", "F16", "BF16"):
-            raise tinygpt2.FormatError(file.path, field, "F32, F16 or BF16", tensor.dtype)
-        if tensor.shape != shape:
-            expected, found = f"shape {list(shape)}", tinygpt2.quote(list(tensor.shape))
-            advice = "the weights and config.json do not belong together"
-            raise tinygpt2.FormatError(file.path, field, expected, found, advice)
-        return Weights(tensor.dtype, file.array(full_name))
-
-
-def is_part(name: str) -> bool:
-    """Whether a tensor takes part in computing the logits."""
-    is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # the causal mask of old files
-    is_tied_head = name == "lm_head.weight"  # a second copy of the embedding
-    named = name.startswith(("h.", "wte.", "wpe.", "ln_f.", "lm_head."))
-    return named and not is_mask and not is_tied_head
-
-
 # ------------------------------------------------------------------------------------------------
 # 2. Weights
 # ------------------------------------------------------------------------------------------------
@@ -283,51 +357,252 @@ def is_part(name: str) -> bool:
 SLAB = 1 << 22  # bytes converted at a time, about
 
 
+class Weights(NamedTuple):
+    """A tensor of a checkpoint. Its numbers are read when they are needed."""
+
+    path: str  # the file that holds it, and its name there
+    name: str
+    dtype: str  # a key of DTYPES; the array of BF16 holds 16-bit integers
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+    def transposed(self) -> Weights:
+        return self._replace(shape=self.shape[::-1], read=lambda: self.read().T)
+
+
+DTYPES = ("F64", "F32", "F16", "BF16")
+HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
+
+# Segments of names that torch.compile and trainers put around modules, at any depth.
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# A name of GPT-2 (the second group) after the names of the modules around it (the first).
+PART = re.compile(
+    r"((?:[^.]+\.)*?)(?:transformer\.)*((?:h\.[0-9]{1,9}|wte|wpe|ln_f|lm_head)\..+)", re.DOTALL
+)
+
+
+def read_tensors(files: list[tinygpt2.TensorFile]) -> dict[str, Weights]:
+    """The tensors in files of a checkpoint.
+
+    A tensor that the model used under several names is stored once, by safetensors' `save_model`:
+    the metadata maps each other name to the one that is stored.
+    """
+    tensors: dict[str, Weights] = {}
+    for file in files:
+        for name, (dtype, shape, _, _) in file.tensors.items():
+            weights = Weights(file.path, name, dtype, shape, partial(file.array, name))
+            add_once(tensors, name, weights)
+    for file in files:
+        for name, stored in file.metadata.items():
+            if stored in tensors:
+                tensors.setdefault(name, tensors[stored])
+    return tensors
+
+
+def add_once(tensors: dict[str, Weights], name: str, weights: Weights) -> None:
+    if name in tensors:
+        field, expected = f"tensor {tinygpt2.quote(weights.name)}", "one tensor of this name"
+        found = f"another one, {tinygpt2.quote(tensors[name].name)}"
+        raise tinygpt2.FormatError(weights.path, field, expected, found, "remove one of them")
+    tensors[name] = weights
+
+
+def gpt2_parts(source: str, tensors: dict[str, Weights]) -> dict[str, Weights]:
+    """The tensors of the one GPT-2 among others, by its own names.
+
+    It may be inside other modules, as in "module.model.transformer.wte.weight". GPT2LMHeadModel
+    writes "transformer." before all but the head, and GPT2Model does not.
+    """
+    models: dict[str, dict[str, Weights]] = {}
+    for name, weights in tensors.items():
+        match = PART.fullmatch(WRAPPERS.sub("", name))
+        if match and not match[2].endswith((".attn.bias", ".attn.masked_bias")):  # causal masks
+            add_once(models.setdefault(match[1], {}), match[2], weights)
+    outermost = "" if "" in models else next(iter(models), "")
+    if len(models) > 1 and outermost:
+        found = "several: " + ", ".join(sorted(map(tinygpt2.quote, models)))
+        advice = "save the tensors of one model"
+        raise tinygpt2.FormatError(source, "tensors", "those of one GPT-2", found, advice)
+    return models.get(outermost, {})
+
+
+def arrange(
+    source: str, config: tinygpt2.Config, parts: dict[str, Weights]
+) -> tuple[tinygpt2.Config, dict[str, Weights]]:
+    """The tensors as the model needs them, all of them, and whether the head is the embedding.
+
+    transformers looks at the numbers, too: `tie_word_embeddings` does not tie two matrices that
+    differ. `source` is the checkpoint, for errors.
+    """
+    shapes = checkpoint_shapes(config)
+    parts = with_absent(source, config, shapes, without_surplus(source, config, shapes, parts))
+    parts = undo_linear_layout(shapes, parts)
+    for name, shape in shapes.items():
+        check_weights(config, name, parts[name], shape)
+    tied = have_same_numbers(parts[EMBEDDING], parts[HEAD])
+    return config._replace(tie_word_embeddings=tied), parts
+
+
+def checkpoint_shapes(config: tinygpt2.Config) -> dict[str, tuple[int, ...]]:
+    """The shape in a checkpoint of every tensor, the head's own matrix included."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    untied = config._replace(tie_word_embeddings=False, n_merges=None)
+    for name, (_, padded) in tinygpt2.layout(untied).items():
+        outputs = tinygpt2.vector_length(config, name.replace(".weight", ".bias"))
+        shapes[name] = (padded[1], outputs) if len(padded) == 3 else (outputs,)
+    shapes[EMBEDDING] = shapes[HEAD] = (config.vocab_size, config.n_embd)
+    shapes["wpe.weight"] = (config.n_positions, config.n_embd)
+    return shapes
+
+
+def without_surplus(
+    source: str,
+    config: tinygpt2.Config,
+    shapes: dict[str, tuple[int, ...]],
+    parts: dict[str, Weights],
+) -> dict[str, Weights]:
+    """Drop the layers from `n_layer` on, as transformers does; refuse parts that GPT-2 lacks.
+
+    Without such parts the model would compute something else.
+    """
+    kept = {name: w for name, w in parts.items() if layer_of(name) < config.n_layer}
+    for name, weights in kept.items():
+        if name not in shapes:
+            field = f"tensor {tinygpt2.quote(weights.name)}"
+            advice = "adapters and other architectures are not supported; merge or remove them"
+            expected = "only tensors of GPT-2"
+            raise tinygpt2.FormatError(weights.path, field, expected, "an unknown one", advice)
+    if len(kept) < len(parts):
+        n_layer = 1 + max(map(layer_of, parts))
+        found = f"it has {n_layer} layers, and the configuration says n_layer {config.n_layer}"
+        tinygpt2.note(f"{source}: {found}: the layers after these are left out")
+    return kept
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer that a tensor belongs to, from 0; -1 if it belongs to none."""
+    return int(name.split(".")[1]) if name.startswith("h.") else -1
+
+
+def kind_of(name: str) -> str:
+    """A tensor's name inside its layer."""
+    return name.split(".", 2)[2] if name.startswith("h.") else name
+
+
+def with_absent(
+    source: str,
+    config: tinygpt2.Config,
+    shapes: dict[str, tuple[int, ...]],
+    parts: dict[str, Weights],
+) -> dict[str, Weights]:
+    """Add what trainers leave out: one of two tied matrices, and all biases of a kind (zeros)."""
+    matrices = [parts[name] for name in (EMBEDDING, HEAD) if name in parts]
+    if config.tie_word_embeddings and len(matrices) == 1:
+        parts = {**parts, **dict.fromkeys((EMBEDDING, HEAD), matrices[0])}
+    kinds = set(map(kind_of, parts))
+    if not {"ln_1.bias", "ln_2.bias"} & kinds:  # layer norms without bias include the last one
+        kinds.discard("ln_f.bias")
+    else:
+        kinds.add("ln_f.bias")
+    zeros: dict[str, Weights] = {}
+    for name in [name for name in shapes if name not in parts]:
+        if not name.endswith(".bias") or kind_of(name) in kinds:
+            raise absent(source, config, name, parts)
+        shape = shapes[name]
+        zeros[name] = Weights(source, name, "F32", shape, partial(np.zeros, shape, np.float32))
+    return {**parts, **zeros}
+
+
+def absent(
+    source: str, config: tinygpt2.Config, name: str, parts: dict[str, Weights]
+) -> tinygpt2.FormatError:
+    """The error for a tensor that no trainer leaves out."""
+    n_layer = 1 + max(map(layer_of, parts), default=-1)
+    advice = "the checkpoint is incomplete; save the model again"
+    if layer_of(name) >= n_layer:
+        advice = f"it has {n_layer} layers, and the configuration says n_layer {config.n_layer}"
+    elif name == HEAD:
+        advice = "the configuration says tie_word_embeddings false; if that is wrong, change it"
+    shape = checkpoint_shapes(config)[name]
+    expected = f"a tensor {list(shape)}"
+    return tinygpt2.FormatError(source, f"tensor {name}", expected, "no such tensor", advice)
+
+
+def undo_linear_layout(
+    shapes: dict[str, tuple[int, ...]], parts: dict[str, Weights]
+) -> dict[str, Weights]:
+    """Transpose the matrices of the layers if they are nn.Linear's, [outputs, inputs].
+
+    GPT-2's own layers have [inputs, outputs]. A model is made of one kind, so the shapes of all
+    tell it, also for the square matrices. c_attn is never square.
+    """
+    matrices = [name for name in shapes if name.startswith("h.") and len(shapes[name]) == 2]
+    if any(parts[name].shape != shapes[name][::-1] for name in matrices):
+        return parts
+    return {**parts, **{name: parts[name].transposed() for name in matrices}}
+
+
+def check_weights(
+    config: tinygpt2.Config, name: str, weights: Weights, shape: tuple[int, ...]
+) -> None:
+    """A tensor must have this shape and a type of real numbers."""
+    field = f"tensor {weights.name}"
+    if weights.dtype not in DTYPES:
+        expected = "F32, F16, BF16 or F64"
+        advice = "quantized weights are not supported; save the model with one of these types"
+        raise tinygpt2.FormatError(weights.path, field, expected, weights.dtype, advice)
+    if weights.shape != shape:
+        sizes = {"wte": "vocab_size", "lm_head": "vocab_size", "wpe": "n_positions"}
+        size = "n_inner" if ".mlp." in name else sizes.get(name.split(".")[0])
+        names = ["n_embd", *([size] if size else [])]
+        says = ", ".join(f"{key} {getattr(config, key)}" for key in names)
+        advice = f"the configuration says {says}; weights and configuration do not belong together"
+        expected, found = f"shape {list(shape)}", tinygpt2.quote(list(weights.shape))
+        raise tinygpt2.FormatError(weights.path, field, expected, found, advice)
+
+
+def have_same_numbers(one: Weights, other: Weights) -> bool:
+    """Whether two matrices of the same shape are equal, bit for bit in float32."""
+    if one is other:
+        return True
+    a, b = one.read(), other.read()
+    step = max(1, SLAB // (4 * a.shape[1]))
+    return all(
+        to_float32(one.dtype, a[start : start + step]).tobytes()
+        == to_float32(other.dtype, b[start : start + step]).tobytes()
+        for start in range(0, len(a), step)
+    )
+
+
 def tg2_data(
-    config: tinygpt2.Config, checkpoint: Checkpoint, vocabulary: Vocabulary | None
+    config: tinygpt2.Config, parts: dict[str, Weights], vocabulary: Vocabulary | None
 ) -> Iterator[bytes]:
     """The data section of the .tg2 file, in the layout's order, slab by slab."""
     for name, (_, shape) in tinygpt2.layout(config).items():
         if not name.startswith(("vocab.", "merges.")):
-            yield from weight_slabs(config, checkpoint, name, shape)
+            yield from weight_slabs(name, parts[name], shape)
     if vocabulary:  # its tensors are the last ones in the layout
         yield from vocabulary_tables(config, vocabulary)
 
 
-def weight_slabs(
-    config: tinygpt2.Config, checkpoint: Checkpoint, name: str, shape: tuple[int, ...]
-) -> Iterator[bytes]:
+def weight_slabs(name: str, weights: Weights, shape: tuple[int, ...]) -> Iterator[bytes]:
     """One tensor of float32 numbers; `shape` is its shape in the .tg2 file, with padding."""
-    if len(shape) == 3:
-        return panel_slabs(read_matrix(config, checkpoint, name, shape[1]))
-    if name == "wpe.weight":
-        positions = checkpoint.weights(name, (config.n_positions, config.n_embd))
-        return row_slabs(positions, shape[-1])
-    length = tinygpt2.vector_length(config, name)
-    if name.endswith(".bias") and not checkpoint.has(name):  # a layer without bias adds zeros
-        return iter([bytes(4 * shape[0])])
-    dtype, vector = checkpoint.weights(name, (length,))
-    return row_slabs(Weights(dtype, vector.reshape(1, length)), shape[-1])
-
-
-def read_matrix(config: tinygpt2.Config, checkpoint: Checkpoint, name: str, inputs: int) -> Weights:
-    """A matrix as [inputs, outputs]. The embedding and the head are stored transposed."""
-    if name in ("wte.weight", "lm_head.weight"):
-        dtype, array = checkpoint.weights(name, (config.vocab_size, inputs))
-        return Weights(dtype, array.T)
-    outputs = tinygpt2.vector_length(config, name.replace(".weight", ".bias"))
-    return checkpoint.weights(name, (inputs, outputs))
+    array = weights.read()
+    if len(shape) == 3:  # the embedding and the head are stored as [outputs, inputs]
+        return panel_slabs(weights.dtype, array.T if name in (EMBEDDING, HEAD) else array)
+    return row_slabs(weights.dtype, array.reshape(-1, array.shape[-1]), shape[-1])
 
 
 def to_float32(dtype: str, array: Array) -> npt.NDArray[np.float32]:
     if dtype == "BF16":  # the upper half of a float32
         return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinity, as in PyTorch
+        return array.astype(np.float32)
 
 
-def panel_slabs(weights: Weights) -> Iterator[bytes]:
+def panel_slabs(dtype: str, matrix: Array) -> Iterator[bytes]:
     """A matrix [k, n] as panels [ceil(n/16), k, 16], some panels at a time."""
-    dtype, matrix = weights
     panel = tinygpt2.PANEL
     k, n = matrix.shape
     step = panel * max(1, SLAB // (4 * k * panel))
@@ -338,9 +613,8 @@ def panel_slabs(weights: Weights) -> Iterator[bytes]:
         yield slab.reshape(k, -1, panel).transpose(1, 0, 2).tobytes()  # [panels, k, 16]
 
 
-def row_slabs(weights: Weights, width: int) -> Iterator[bytes]:
+def row_slabs(dtype: str, matrix: Array, width: int) -> Iterator[bytes]:
     """A matrix row by row, each row padded with zeros to `width`, some rows at a time."""
-    dtype, matrix = weights
     step = max(1, SLAB // (4 * width))
     for start in range(0, len(matrix), step):
         part = to_float32(dtype, matrix[start : start + step])
