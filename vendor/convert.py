@@ -161,6 +161,8 @@ def find_checkpoint(source: str) -> tuple[str, list[str]]:
         return source, [single]
     if os.path.exists(index):
         return source, shard_paths(source, index)
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        refuse_adapter(os.path.join(source, name))
     advice = "name the folder that contains it"
     if os.path.exists(os.path.join(source, "pytorch_model.bin")):
         advice = (
@@ -270,7 +272,8 @@ def generation_values(folder: str, content: dict[str, Any], vocab_size: object) 
     bos = settings.get("bos_token_id", default)
     if isinstance(bos, list):
         raise tinygpt2.FormatError(path, "bos_token_id", "a token id or null", tinygpt2.quote(bos))
-    if not ends and content.get("eos_token_id") is not None:
+    named = [entries.get("eos_token_id") not in (None, []) for entries in (settings, content)]
+    if any(named) and not ends:
         tinygpt2.note(f"{path}: it names no end token of the vocabulary, so no token ends a text")
     return {
         "eos_token_ids": ends,
@@ -520,7 +523,9 @@ def absent(
     """The error for a tensor that no trainer leaves out."""
     n_layer = 1 + max(map(layer_of, parts), default=-1)
     advice = "the checkpoint is incomplete; save the model again"
-    if layer_of(name) >= n_layer:
+    if not parts:
+        advice = "no tensor has a name of GPT-2; is it another model?"
+    elif layer_of(name) >= n_layer:
         advice = f"it has {n_layer} layers, and the configuration says n_layer {config.n_layer}"
     elif name == HEAD:
         advice = "the configuration says tie_word_embeddings false; if that is wrong, change it"
@@ -557,7 +562,7 @@ def check_weights(
         size = "n_inner" if ".mlp." in name else sizes.get(name.split(".")[0])
         names = ["n_embd", *([size] if size else [])]
         says = ", ".join(f"{key} {getattr(config, key)}" for key in names)
-        advice = f"the configuration says {says}; weights and configuration do not belong together"
+        advice = f"the configuration says {says}; it does not belong to these weights"
         expected, found = f"shape {list(shape)}", tinygpt2.quote(list(weights.shape))
         raise tinygpt2.FormatError(weights.path, field, expected, found, advice)
 
