@@ -195,8 +195,8 @@ def test_config_entries_that_are_refused(tmp_path: Path, entries: dict[str, Any]
     if entries != {"num_attention_heads": 4.0}:  # which fails only when the model is used
         assert missing
     message = str(refusal(folder))
-    names = {new: old for old, new in [("n_layer", "num_hidden_layers"), ("n_embd", "hidden_size")]}
-    assert any(names.get(name, name) in message or "n_" in message for name in entries), message
+    others = tinygpt2.load_companion("convert").OTHER_NAMES
+    assert any(n in message or others.get(n, n) in message for n in entries), message
 
 
 def test_entries_that_make_another_model(tmp_path: Path) -> None:
@@ -340,15 +340,15 @@ def test_names_under_wrappers(tmp_path: Path, function: Callable[[str], str]) ->
 def test_tensors_beside_the_model(tmp_path: Path) -> None:
     """Causal masks of old files, a value head, a classifier, a counter, another GPT-2 inside."""
 
-    def change(weights: Weights) -> None:
+    def change(weights: Weights) -> object:
         own_head(weights)
+        teacher = {f"teacher.{name}": 2 * array for name, array in weights.items()}
         for i in range(2):
             weights[f"transformer.h.{i}.attn.bias"] = np.ones((1, 1, 32, 32), bool)
             weights[f"transformer.h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
         weights["v_head.summary.weight"] = weights["score.weight"] = np.ones((1, 16), np.float32)
         weights["steps"] = np.array([3], np.uint64)
-        for name, array in list(weights.items()):
-            weights[f"teacher.{name}"] = 2 * array if array.dtype == np.float32 else array
+        return {**teacher, **weights}
 
     assert_same_logits(write(tmp_path / "m", {}, change))
 
@@ -358,7 +358,21 @@ def test_two_models_in_one_file(tmp_path: Path) -> None:
         return {prefix + n: w for n, w in weights.items() for prefix in ("student.", "teacher.")}
 
     error = refusal(write(tmp_path / "m", {}, change))
-    assert error.found == "several: 'student.', 'teacher.'"
+    assert error.found == "several, in ['student.', 'teacher.']"
+
+
+def test_names_that_take_long(tmp_path: Path) -> None:
+    """A name of a megabyte is not searched for the places where a name of GPT-2 may begin."""
+
+    def change(weights: Weights) -> None:
+        weights["transformer." * 100_000 + "x"] = np.ones(1, np.float32)
+
+    tinygpt2.convert(write(tmp_path / "m", {}, change), tmp_path / "out.tg2")
+
+
+def test_names_that_a_terminal_cannot_show(tmp_path: Path) -> None:
+    error = refusal(write(tmp_path / "m", {"n_positions": 9}, rename(lambda name: "\x1b." + name)))
+    assert error.field == "tensor '\\x1b.transformer.wpe.weight'"
 
 
 def test_one_name_under_two_prefixes(tmp_path: Path) -> None:

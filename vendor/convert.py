@@ -7,8 +7,8 @@ tinygpt2.py, or in the installed package, and executes it. Before that, it sets 
 `tinygpt2` to the running module, which may be called `__main__`. So this file raises the same
 error classes as the rest of the program.
 
-    1. checkpoint    its files, its config.json, its tensors
-    2. weights       tensors in the order of a .tg2 file, converted in slabs
+    1. checkpoint    its files, and what its configurations say
+    2. weights       its tensors by GPT-2's names, checked, and converted in slabs
     3. tokenizer     vocab.json with merges.txt, or tokenizer.json
     4. hub           downloads that can be resumed
 
@@ -222,7 +222,7 @@ def checkpoint_config(folder: str, vocabulary: Vocabulary | None) -> tinygpt2.Co
     path = os.path.join(folder, "config.json")
     content = read_json(path)
     refuse_other_architectures(path, content)
-    values = model_values(content)
+    values = model_values(path, content)
     values.update(generation_values(folder, content, values["vocab_size"]))
     values.update(vocabulary_config(vocabulary))
     refuse_small_vocabulary(path, values["vocab_size"], vocabulary)
@@ -241,10 +241,14 @@ def refuse_other_architectures(path: str, content: dict[str, Any]) -> None:
             raise tinygpt2.FormatError(path, name, "none", tinygpt2.quote(value), advice)
 
 
-def model_values(content: dict[str, Any]) -> dict[str, Any]:
+def model_values(path: str, content: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the model, with GPT-2's defaults, in the words of a .tg2 file."""
-    named = {OTHER_NAMES[name]: content[name] for name in OTHER_NAMES if name in content}
-    content = {**content, **named}
+    for other, name in OTHER_NAMES.items():
+        if other in content:
+            if not tinygpt2.is_count(content[other]):
+                found = tinygpt2.quote(content[other])
+                raise tinygpt2.FormatError(path, f"config {other}", "a whole number", found)
+            content = {**content, name: content[other]}
     values = {name: content.get(name, default) for name, default in GPT2_DEFAULTS.items()}
     if values["n_inner"] is None and tinygpt2.is_count(values["n_embd"]):
         values["n_inner"] = 4 * values["n_embd"]
@@ -376,6 +380,8 @@ class Weights(NamedTuple):
 DTYPES = ("F64", "F32", "F16", "BF16")
 HEAD, EMBEDDING = "lm_head.weight", "wte.weight"
 
+MAX_NAME = 300  # characters; GPT-2 has no name of this length, and long ones take time to match
+
 # Segments of names that torch.compile and trainers put around modules, at any depth.
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -419,13 +425,13 @@ def gpt2_parts(source: str, tensors: dict[str, Weights]) -> dict[str, Weights]:
     """
     models: dict[str, dict[str, Weights]] = {}
     for name, weights in tensors.items():
-        match = PART.fullmatch(WRAPPERS.sub("", name))
+        match = len(name) <= MAX_NAME and PART.fullmatch(WRAPPERS.sub("", name))
         if match and not match[2].endswith((".attn.bias", ".attn.masked_bias")):  # causal masks
             add_once(models.setdefault(match[1], {}), match[2], weights)
     outermost = "" if "" in models else next(iter(models), "")
     if len(models) > 1 and outermost:
-        found = "several: " + ", ".join(sorted(map(tinygpt2.quote, models)))
-        advice = "save the tensors of one model"
+        found = f"several, in {tinygpt2.quote(sorted(models))}"
+        advice = "save the tensors of one model alone"
         raise tinygpt2.FormatError(source, "tensors", "those of one GPT-2", found, advice)
     return models.get(outermost, {})
 
@@ -552,7 +558,7 @@ def check_weights(
     config: tinygpt2.Config, name: str, weights: Weights, shape: tuple[int, ...]
 ) -> None:
     """A tensor must have this shape and a type of real numbers."""
-    field = f"tensor {weights.name}"
+    field = f"tensor {tinygpt2.show_path(weights.name)}"
     if weights.dtype not in DTYPES:
         expected = "F32, F16, BF16 or F64"
         advice = "quantized weights are not supported; save the model with one of these types"
