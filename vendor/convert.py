@@ -1007,7 +1007,9 @@ def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> list[
         return found
 
     fetch("config.json")
-    checkpoint_config(os.path.join(folder, "config.json"), None)  # refuses before it fetches
+    for name in (GENERATION_CONFIG, "adapter_config.json"):
+        fetch(name, optional=True)
+    checkpoint_config(folder, None)  # refuses before it fetches the rest
     for name in TOKENIZER_FILES:
         fetch(name, optional=True)
     if not fetch(WEIGHTS, optional=True):
