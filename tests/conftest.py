@@ -362,6 +362,11 @@ def needs(compiler: str) -> Any:
     )
 
 
+def slow(*values: Any) -> list[Any]:
+    """Parameters of slow tests."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 needs_cc = pytest.mark.skipif(not is_there("cc"), reason="needs a C compiler called cc")
 
 

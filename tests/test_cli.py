@@ -29,6 +29,7 @@ from conftest import (
     random_weights,
     read_safetensors,
     run_python,
+    slow,
     toy_tokenizer,
     write_checkpoint,
 )
@@ -146,7 +147,10 @@ def speaker(speaker_path: Path) -> Iterator[Model]:
             {"top_k": 0, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.5, "seed": -2},
         ),
         (["--max-tokens", "0"], {"max_new_tokens": 0}),
-        (["--backend", "numpy", "--threads", "1", "--seed", "3"], {"seed": 3}),
+        (
+            ["--backend", "numpy", "--threads", "1", "--seed", "3", "--max-tokens", "9"],
+            {"seed": 3, "max_new_tokens": 9},
+        ),
     ],
     ids=str,
 )
@@ -501,6 +505,7 @@ def test_without_the_default_model_it_says_what_is_missing(tmp_path: Path) -> No
         assert "not checked: no default model; name a .tg2 file" in result.out
 
 
+@pytest.mark.slow
 def test_the_converter_raises_errors_of_the_running_module(tmp_path: Path) -> None:
     """That module is called __main__ here: a second one would have other classes of errors."""
     line = command("download", "../up", "-o", "x")
@@ -528,12 +533,16 @@ def run_without_numpy(*arguments: Argument) -> Result:
     return run_command([sys.executable, "-c", WITHOUT_NUMPY, SCRIPT, *arguments])
 
 
-def test_without_numpy_it_says_what_to_install(toy_path: Path, tmp_path: Path) -> None:
-    run_without, numpy = run_without_numpy, ("--backend", "numpy")
-    result = run_without("--model", toy_path, "--prompt", "a", *numpy)
+def test_without_numpy_it_says_what_to_install(toy_path: Path) -> None:
+    result = run_without_numpy("--model", toy_path, "--prompt", "a", "--backend", "numpy")
     check_failure(result, 1, "pip install numpy")
-    check_failure(run_without("convert", tmp_path, "-o", tmp_path / "x"), 1, "pip install numpy")
-    assert run_without("info", "--verify", "--model", toy_path).code == 0
+
+
+@pytest.mark.slow
+def test_without_numpy_only_some_commands_work(toy_path: Path, tmp_path: Path) -> None:
+    result = run_without_numpy("convert", tmp_path, "-o", tmp_path / "x")
+    check_failure(result, 1, "pip install numpy")
+    assert run_without_numpy("info", "--verify", "--model", toy_path).code == 0
 
 
 @pytest.mark.skipif(tinygpt2.library_path() is None, reason="needs the kernels")
@@ -563,7 +572,7 @@ ANSWERS = [
     ["--help"],
     ["--version"],
 ]
-PROCESSES = [ANSWERS[0], ["--help"]]  # they show what happens when Python itself ends
+PROCESSES = [*slow(ANSWERS[0]), ["--help"]]  # they show what happens when Python itself ends
 
 
 def with_model(arguments: list[str], toy_path: Path) -> list[str]:
@@ -591,23 +600,33 @@ def test_an_answer_that_nobody_reads_is_no_error(toy_path: Path) -> None:
     for arguments in ANSWERS:
         with open(os.dup(writer), "w") as out:
             assert call_into(out, with_model(arguments, toy_path)) == (0, "", "")
-    for arguments in PROCESSES:
-        assert run_into(writer, with_model(arguments, toy_path)) == (0, "", "")
+    os.close(writer)
+
+
+@pytest.mark.parametrize("arguments", PROCESSES, ids=str)
+def test_a_process_whose_answer_nobody_reads(toy_path: Path, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run_into(writer, with_model(arguments, toy_path)) == (0, "", "")
     os.close(writer)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_an_error(toy_path: Path) -> None:
-    results = []
     for arguments in ANSWERS:
         with open("/dev/full", "w") as full:
-            results.append(call_into(full, with_model(arguments, toy_path)))
-    with open("/dev/full", "wb") as full_disk:
-        for arguments in PROCESSES:
-            results.append(run_into(full_disk.fileno(), with_model(arguments, toy_path)))
-    for result in results:
+            result = call_into(full, with_model(arguments, toy_path))
         check_failure(result, 1, "No space left")
         assert result.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", PROCESSES, ids=str)
+def test_a_process_that_writes_to_a_full_disk(toy_path: Path, arguments: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        result = run_into(full.fileno(), with_model(arguments, toy_path))
+    check_failure(result, 1, "No space left")
+    assert result.err.count("\n") == 1
 
 
 def start(*arguments: Argument) -> subprocess.Popen[bytes]:
@@ -626,9 +645,33 @@ def start(*arguments: Argument) -> subprocess.Popen[bytes]:
         signal.signal(signal.SIGINT, before)
 
 
+# What Python has in place of a stream that was closed before it started is None.
+CLOSED = {"<&-": "stdin", ">&-": "stdout", "2>&-": "stderr"}
+
+
+def call_without(stream: str, *arguments: Argument) -> Result:
+    """Run a command in this process, without one of the streams."""
+    out, err = io.BytesIO(), io.BytesIO()
+    streams = {
+        "stdin": io.TextIOWrapper(io.BytesIO()),
+        "stdout": io.TextIOWrapper(out),
+        "stderr": io.TextIOWrapper(err),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in streams.items():
+            patch.setattr(sys, name, None if name == stream else value)
+        code = tinygpt2.main(list(map(os.fsdecode, arguments)))
+        if stream == "stderr":
+            sys.stderr.close()  # main has opened one that leads nowhere
+    for value in streams.values():
+        value.flush()
+    return Result(code, out.getvalue().decode("utf-8"), err.getvalue().decode("utf-8"))
+
+
 LONG = ["--prompt", "The", "--max-tokens", "8000", "--seed", "1"]
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_half_way_ends_it_quietly(speaker_path: Path) -> None:
     with start("--model", speaker_path, *LONG) as process:
         assert process.stdout
@@ -662,12 +705,16 @@ def test_ctrl_c_ends_it_quietly(speaker_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("how", ["called", *slow("as a process")])
 def test_closed_streams(
-    toy_path: Path, redirection: str, arguments: list[str], code: int, error: str
+    toy_path: Path, redirection: str, arguments: list[str], code: int, error: str, how: str
 ) -> None:
     short = [] if arguments[:1] == ["score"] else ["--seed", "1", "--max-tokens", "9"]
-    line = command(*arguments, *short, "--model", toy_path)
-    result = run_command(["sh", "-c", f'exec "$@" {redirection}', "sh", *line])
+    if how == "called":
+        result = call_without(CLOSED[redirection], *arguments, *short, "--model", toy_path)
+    else:
+        line = command(*arguments, *short, "--model", toy_path)
+        result = run_command(["sh", "-c", f'exec "$@" {redirection}', "sh", *line])
     if error:
         check_failure(result, code, error)
     else:
@@ -675,14 +722,19 @@ def test_closed_streams(
         assert bool(result.out) == (code == 0)  # an error message never goes to standard output
 
 
+def test_a_process_with_a_closed_output_says_so(toy_path: Path) -> None:
+    """It is Python that makes None of a closed stream."""
+    line = command("--prompt", "a", "--model", toy_path)
+    check_failure(run_command(["sh", "-c", 'exec "$@" >&-', "sh", *line]), 1, "standard output")
+
+
 # Other ways to start it
 
 
 def test_python_m(toy: Model, toy_path: Path) -> None:
-    flags: list[Argument] = ["--model", toy_path, "--prompt", "The", "--seed", "1"]
-    result = run_command([sys.executable, "-m", "tinygpt2", *flags])
-    assert result.out == toy.generate("The", seed=1) + "\n"
-    assert result.code == 0
+    flags: list[Argument] = ["--prompt", "The", "--seed", "1", "--max-tokens", "9"]
+    result = run_command([sys.executable, "-m", "tinygpt2", "--model", toy_path, *flags])
+    assert result == (0, toy.generate("The", seed=1, max_new_tokens=9) + "\n", "")
 
 
 def interpreters() -> list[str]:
@@ -967,6 +1019,7 @@ def test_ctrl_c_stops_an_answer_and_it_asks_again(speaker_path: Path) -> None:
 
 
 @needs_pty
+@pytest.mark.slow
 def test_an_error_at_the_terminal_is_told_and_it_asks_again(toy_path: Path) -> None:
     with Terminal("--model", toy_path) as terminal:
         terminal.until("> ")
@@ -977,6 +1030,7 @@ def test_an_error_at_the_terminal_is_told_and_it_asks_again(toy_path: Path) -> N
 
 
 @needs_pty
+@pytest.mark.slow
 def test_a_wrong_option_at_the_terminal_is_told_before_it_asks(toy_path: Path) -> None:
     with Terminal("--model", toy_path, "--top-k=-1") as terminal:
         terminal.type(CTRL_D)
@@ -986,6 +1040,7 @@ def test_a_wrong_option_at_the_terminal_is_told_before_it_asks(toy_path: Path) -
 
 
 @needs_pty
+@pytest.mark.slow
 def test_long_work_shows_its_progress_at_a_terminal(toy_path: Path) -> None:
     with Terminal("score", "--model", toy_path, "--prompt", "a" * 300) as terminal:
         assert "scoring [" in terminal.until("100%")
@@ -995,6 +1050,7 @@ def test_long_work_shows_its_progress_at_a_terminal(toy_path: Path) -> None:
 
 
 @needs_pty
+@pytest.mark.slow
 def test_ctrl_c_ends_long_work_quietly(toy_path: Path) -> None:
     with Terminal("score", "--model", toy_path, "--prompt", "a b" * 40_000) as terminal:
         terminal.until("scoring [")

@@ -6,6 +6,7 @@ seeds, so that bits can be compared with ==.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import hashlib
@@ -1246,6 +1247,7 @@ print(tinygpt2.load(sys.argv[2]).backend.name)
     assert check_script(script, tmp_path, toy_path, "without NumPy") == "c c\nc\n"
 
 
+@pytest.mark.slow
 def test_the_file_alone_computes_in_numpy(tmp_path: Path, toy_path: Path) -> None:
     shutil.copy(ROOT / "tinygpt2.py", tmp_path)
     script = """
@@ -1343,19 +1345,17 @@ def test_quotas_where_there_are_none(tmp_path: Path) -> None:
     assert list(tinygpt2.cgroup_quotas(str(tmp_path / "none"), str(tmp_path))) == []
 
 
-# The files of the control groups are looked for in a folder.
-PROCESSORS = """
-import builtins, os, sys
-import tinygpt2
-root, real = sys.argv[1], open
-def redirected(path, *arguments, **options):
-    is_ours = str(path).startswith(("/proc/self/cgroup", "/sys/fs/cgroup/"))
-    return real(root + path if is_ours else path, *arguments, **options)
-builtins.open = redirected
-if sys.argv[2:]:
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:int(sys.argv[2])]))
-print(tinygpt2.available_processors())
-"""
+def processors_in(root: Path) -> int:
+    """How many there are, if the files of the control groups are looked for in a folder."""
+    real = open
+
+    def redirected(path: Any, *arguments: Any, **options: Any) -> Any:
+        is_ours = str(path).startswith(("/proc/self/cgroup", "/sys/fs/cgroup/"))
+        return real(f"{root}{path}" if is_ours else path, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", redirected)
+        return tinygpt2.available_processors()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs sched_getaffinity")
@@ -1368,10 +1368,17 @@ def test_processors_by_quota(tmp_path: Path, quota: str, expected: int) -> None:
     write_tree(tmp_path / "proc/self", {"cgroup": "0::/a\n"})
     write_tree(tmp_path / "sys/fs/cgroup/a", {"cpu.max": f"{quota} 100000\n"})
     here = len(os.sched_getaffinity(0))
-    assert int(check_script(PROCESSORS, tmp_path)) == min(here, expected)
+    assert processors_in(tmp_path) == min(here, expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
 def test_processors_by_affinity(tmp_path: Path) -> None:
-    here = len(os.sched_getaffinity(0))
-    assert [int(check_script(PROCESSORS, tmp_path, n)) for n in (1, here)] == [1, here]
+    before = os.sched_getaffinity(0)
+    counts = []
+    try:
+        for n in (1, len(before)):
+            os.sched_setaffinity(0, sorted(before)[:n])
+            counts.append(processors_in(tmp_path))
+    finally:
+        os.sched_setaffinity(0, before)
+    assert counts == [1, len(before)]

@@ -19,6 +19,7 @@ from conftest import (
     random_weights,
     read_safetensors,
     run_python,
+    slow,
     toy_tokenizer,
     write_checkpoint,
     write_safetensors,
@@ -861,16 +862,16 @@ CONVERT = """if True:
 """
 
 
-def convert_elsewhere(tmp_path: Path, weights: Weights, code: str) -> tuple[Any, Path]:
-    """Convert in another process onto an old file; how the process ended, and the file."""
+def beside_an_old_file(tmp_path: Path, weights: Weights) -> tuple[Path, Path]:
+    """A checkpoint, and a file that was there before."""
     folder = write_checkpoint(tmp_path / "m", CONFIG, weights)
     out = tmp_path / "out" / "model.tg2"
     out.parent.mkdir()
     out.write_bytes(b"old")
-    return run_python(CONVERT + code, folder, out), out
+    return folder, out
 
 
-@pytest.mark.parametrize("slab", [1, 20])
+@pytest.mark.parametrize("slab", [*slow(1), 20])
 def test_killed(tmp_path: Path, weights: Weights, slab: int) -> None:
     code = f"""
     told = []
@@ -880,29 +881,31 @@ def test_killed(tmp_path: Path, weights: Weights, slab: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
     convert(kill)
     """
-    done, out = convert_elsewhere(tmp_path, weights, code)
+    folder, out = beside_an_old_file(tmp_path, weights)
+    done = run_python(CONVERT + code, folder, out)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert out.read_bytes() == b"old"
-    tinygpt2.convert(tmp_path / "m", out)  # what was left behind is not in the way
+    tinygpt2.convert(folder, out)  # what was left behind is not in the way
     assert_same_bits(stored_weights(out), weights)
 
 
 @pytest.mark.parametrize("room", [0, 100, 20_000])
 def test_full_disk(tmp_path: Path, weights: Weights, room: int) -> None:
     """A limit on the size of files makes the system refuse to write, as a full disk does."""
-    pytest.importorskip("resource", reason="limits the size of files, which Windows cannot")
-    code = f"""
-    import resource
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))
+    resource: Any = pytest.importorskip(
+        "resource", reason="limits the size of files, which Windows cannot"
+    )
+    folder, out = beside_an_old_file(tmp_path, weights)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        convert()
-    except tinygpt2.TinyGPT2Error as error:
-        print(type(error).__name__, error)
-    """
-    done, out = convert_elsewhere(tmp_path, weights, code)
-    expected = f"TinyGPT2Error {out}: cannot write: File too large (nothing was changed; "
-    assert done.stdout.startswith(expected), done.stderr
-    assert done.returncode == 0, done.stderr
+        with pytest.raises(tinygpt2.TinyGPT2Error) as caught:
+            tinygpt2.convert(folder, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    expected = f"{out}: cannot write: File too large (nothing was changed; "
+    assert type(caught.value) is tinygpt2.TinyGPT2Error
+    assert str(caught.value).startswith(expected)
     assert [(path.name, path.read_bytes()) for path in out.parent.iterdir()] == [
         ("model.tg2", b"old")
     ]
@@ -934,6 +937,7 @@ def test_interrupted(tmp_path: Path, weights: Weights) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits private memory alone")
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path: Path) -> None:
     """Tensors pass through in slabs: 36 MB of private memory suffice for a tensor of 51 MB.
 
@@ -982,6 +986,7 @@ def write_hole(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 # Checkpoints that others have written
 
 
+@pytest.mark.slow
 def test_lm_buddy(data: Path, tmp_path: Path) -> None:
     source = data / "checkpoints" / "lm-buddy-fake-gpt2"
     tinygpt2.convert(source, tmp_path / "fake.tg2")

@@ -20,7 +20,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, read_safetensors, run_python, write_checkpoint, write_safetensors
+from conftest import (
+    ROOT,
+    TOY,
+    read_safetensors,
+    run_python,
+    slow,
+    write_checkpoint,
+    write_safetensors,
+)
 
 import tinygpt2
 
@@ -198,7 +206,7 @@ def survivors(
 
 
 @pytest.mark.parametrize(
-    "step", [29, pytest.param(1, marks=pytest.mark.slow)], ids=["some values", "all values"]
+    "step", [97, pytest.param(1, marks=pytest.mark.slow)], ids=["some values", "all values"]
 )
 def test_no_change_of_a_byte_of_the_header_passes(
     tied_path: Path, tmp_path: Path, step: int
@@ -662,16 +670,20 @@ def test_header_over_the_limit(tmp_path: Path) -> None:
     assert "expected at most 100000000, found 100000001" in message
 
 
-# The callers of the test take a part of what is allowed, a hundred levels or so.
-ABOUT_THE_LIMIT = range(sys.getrecursionlimit() - 200, sys.getrecursionlimit() + 20)
+def about_the_recursion_limit(step: int) -> range:
+    """The callers of the test take a part of what is allowed, a hundred levels or so."""
+    return range(sys.getrecursionlimit() - 200, sys.getrecursionlimit() + 20, step)
 
 
+@pytest.mark.parametrize("step", [4, *slow(1)])
 @pytest.mark.parametrize("brackets", [(b"[", b"]"), (b'{"":', b"}")], ids=["lists", "objects"])
-def test_nesting_about_the_recursion_limit(tmp_path: Path, brackets: tuple[bytes, bytes]) -> None:
+def test_nesting_about_the_recursion_limit(
+    tmp_path: Path, brackets: tuple[bytes, bytes], step: int
+) -> None:
     """Where parsing just succeeds, the message about what was parsed must succeed too."""
     path = tmp_path / "deep.safetensors"
     first, last = brackets
-    for depth in ABOUT_THE_LIMIT:
+    for depth in about_the_recursion_limit(step):
         path.write_bytes(pack(b'{"a":' + first * depth + b"1" + last * depth + b"}"))
         with pytest.raises(tinygpt2.FormatError) as caught:
             tinygpt2.TensorFile(path)
@@ -681,13 +693,15 @@ def test_nesting_about_the_recursion_limit(tmp_path: Path, brackets: tuple[bytes
 # What is not a .tg2 file
 
 
-def test_truncated_anywhere(small_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [5, *slow(1)])
+def test_truncated_anywhere(small_path: Path, tmp_path: Path, step: int) -> None:
     path = tmp_path / "short.tg2"
     shutil.copy(small_path, path)
     size = path.stat().st_size
     start = size - len(unpack(path)[1])
-    lengths = [*range(size - 1, start + 64, -487), *range(start + 64, -1, -1)]
-    for length in lengths:
+    lengths = {*range(size - 1, start, -487), *range(start + 64, 0, -step), *range(16)}
+    lengths |= {start - 1, start, start + 1}
+    for length in sorted(lengths, reverse=True):
         os.truncate(path, length)
         field = "file size" if length >= start else "header length" if length else "file"
         with pytest.raises(tinygpt2.FormatError) as caught:
@@ -897,11 +911,14 @@ def test_epsilon_that_is_no_number(small_path: Path, tmp_path: Path, text: str) 
     refusal(path, field, tinygpt2.load)
 
 
-def test_config_nested_about_the_recursion_limit(small_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [4, *slow(1)])
+def test_config_nested_about_the_recursion_limit(
+    small_path: Path, tmp_path: Path, step: int
+) -> None:
     path = tmp_path / "deep.tg2"
     header, data = unpack(small_path)
     config = header["__metadata__"]["config"]
-    for depth in ABOUT_THE_LIMIT:
+    for depth in about_the_recursion_limit(step):
         nested = '"n_embd": ' + "[" * depth + "]" * depth
         header["__metadata__"]["config"] = config.replace('"n_embd": 6', nested)
         path.write_bytes(pack_aligned(header, data))

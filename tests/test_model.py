@@ -23,17 +23,13 @@ from conftest import (
     largest,
     random_weights,
     run_python,
+    slow,
     write_checkpoint,
 )
 
 import tinygpt2
 
 Weights = dict[str, np.ndarray]
-
-
-def slow(*values: Any) -> list[Any]:
-    """Parameters of slow tests."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 NO_KERNELS = pytest.mark.skipif(tinygpt2.library_path() is None, reason="needs the C kernels")
@@ -191,7 +187,7 @@ def test_logits_in_float64(example: Example) -> None:
     assert best_tokens(expected) == example.answer
 
 
-@pytest.mark.parametrize("chunk", [1, *slow(2, 7), 64, *slow(1000)])
+@pytest.mark.parametrize("chunk", [*slow(1, 2), 7, 64, *slow(1000)])
 def test_chunks(example: Example, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text in pieces: other products, so rounding differs, and nothing else."""
     limit = example.model.backend.chunk
@@ -634,7 +630,7 @@ print(json.dumps([seen, tasks, os.environ == before]))
 """
 
 
-@pytest.mark.parametrize("threads", [1, None])
+@pytest.mark.parametrize("threads", [1, *slow(None)])
 def test_threads_of_numpy(toy_path: Path, threads: int | None) -> None:
     """They are asked for while NumPy is imported, and never afterwards; the environment stays."""
     done = run_python(NUMPY_THREADS, toy_path, json.dumps(threads))
@@ -797,8 +793,9 @@ def tales(tales_path: Path) -> Iterator[tinygpt2.Model]:
 
 def test_default_model_tells_a_tale(tales: tinygpt2.Model) -> None:
     text = tales.generate("Once upon a time", max_new_tokens=100, seed=1)
-    assert text == tales.generate("Once upon a time", max_new_tokens=100, seed=1)
-    assert text != tales.generate("Once upon a time", max_new_tokens=100, seed=2)
+    again, other = (tales.generate("Once upon a time", max_new_tokens=20, seed=s) for s in (1, 2))
+    assert text.startswith(again)
+    assert not text.startswith(other)
     assert "\ufffd" not in text
     assert sum(letter.isascii() for letter in text) > 0.95 * len(text) > 100
     words = text.split()

@@ -56,6 +56,7 @@ def test_the_readme_has_examples() -> None:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.slow
 def test_python(code: str, clone: Path) -> None:
     assert run([sys.executable, "-W", "error", "-c", code], clone)
 

@@ -184,10 +184,10 @@ def test_a_bias_that_rules_out_every_token_is_an_error(toy: tinygpt2.Model) -> N
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_a_token_that_is_ruled_out_is_never_chosen(toy: tinygpt2.Model, temperature: float) -> None:
-    free = toy.generate_ids("a", temperature=temperature, top_k=0, seed=3, max_new_tokens=50)
+    free = toy.generate_ids("a", temperature=temperature, top_k=0, seed=3, max_new_tokens=20)
     bias = dict.fromkeys(free, -INF)
     other = toy.generate_ids(
-        "a", temperature=temperature, top_k=0, seed=3, max_new_tokens=50, logit_bias=bias
+        "a", temperature=temperature, top_k=0, seed=3, max_new_tokens=20, logit_bias=bias
     )
     assert other
     assert not set(other) & set(free)
@@ -510,7 +510,7 @@ def test_a_forked_or_rewound_text_goes_on_as_it_would_have(model: tinygpt2.Model
     ("seed", "same"), [(-1, MASK), (1 << 64, 0), (-(1 << 200) + 5, 5), (7 - (1 << 64), 7)]
 )
 def test_seeds_count_modulo_2_to_the_64(model: tinygpt2.Model, seed: int, same: int) -> None:
-    texts = [model.generate_ids("a", seed=s, max_new_tokens=20) for s in (seed, same, same ^ 1)]
+    texts = [model.generate_ids("a", seed=s, max_new_tokens=8) for s in (seed, same, same ^ 1)]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -574,13 +574,13 @@ def test_990_of_1000_texts_of_100_tokens_are_the_same_in_both_backends() -> None
 
 
 def test_a_seed_is_a_text(toy: tinygpt2.Model) -> None:
-    texts = [toy.generate("The", seed=seed, max_new_tokens=30) for seed in (1, 1, 2, -1)]
+    texts = [toy.generate("The", seed=seed, max_new_tokens=10) for seed in (1, 1, 2, -1)]
     assert texts[0] == texts[1]
     assert len(set(texts)) == 3
 
 
 def test_without_a_seed_each_answer_is_another_and_names_its_seed(toy: tinygpt2.Model) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 30, "logit_bias": {END: -INF}}
+    options: dict[str, Any] = {"max_new_tokens": 10, "logit_bias": {END: -INF}}
     answers = {}
     for _ in range(3):
         with toy.session() as session:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, random_weights, toy_tokenizer, write_checkpoint
+from conftest import ROOT, TOY, random_weights, slow, toy_tokenizer, write_checkpoint
 
 import tinygpt2
 from tinygpt2 import ContextError, InputError, Model, Session, StateError
@@ -105,8 +105,8 @@ def test_rewind_then_feed_is_a_fresh_session(toy: Model, n: int) -> None:
     expected = [*range(8 - n), 50, 51]
     assert session.tokens == expected
     assert_close(session.logits, toy.logits(expected)[-1])
-    answer = session.generate(max_new_tokens=20, seed=1)
-    assert answer == toy.generate(expected, max_new_tokens=20, seed=1)
+    answer = session.generate(max_new_tokens=8, seed=1)
+    assert answer == toy.generate(expected, max_new_tokens=8, seed=1)
 
 
 @pytest.mark.parametrize("n", [4, -1, 1.0, True, "1", None])
@@ -167,10 +167,10 @@ def test_what_is_neither_text_nor_ids_is_refused(toy: Model, prompt: Any, use: s
 
 @pytest.mark.parametrize("prompt", ["The thing", [5, 6, 7], np.arange(5), ""], ids=ascii)
 def test_every_way_to_generate_gives_the_same(toy: Model, prompt: Any) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 40, "seed": 3, "logit_bias": {END: -INF}}
+    options: dict[str, Any] = {"max_new_tokens": 10, "seed": 3, "logit_bias": {END: -INF}}
     text = toy.generate(prompt, **options)
     ids = toy.generate_ids(prompt, **options)
-    assert len(ids) == 40
+    assert len(ids) == 10
     assert text == toy.decode(ids)
     assert text == "".join(toy.stream(prompt, **options))
     assert text == fed(toy, prompt).generate(**options)
@@ -209,8 +209,8 @@ def test_no_piece_is_empty_or_ends_inside_a_character(toy: Model) -> None:
     """Two tokens are the two bytes of é; any mixture of them must come out as if decoded whole."""
     letters = [VOCAB["Ã"], VOCAB["©"], VOCAB["a"]]
     bias = {token: -INF for token in range(TOY["vocab_size"]) if token not in letters}
-    options: dict[str, Any] = {"temperature": 1000, "logit_bias": bias, "max_new_tokens": 60}
-    for seed in range(5):
+    options: dict[str, Any] = {"temperature": 1000, "logit_bias": bias, "max_new_tokens": 30}
+    for seed in range(3):
         ids = toy.generate_ids("a", seed=seed, **options)
         pieces = list(toy.stream("a", seed=seed, **options))
         assert {"a", "é"} <= set(pieces)
@@ -351,7 +351,7 @@ def ascii_text(model: Model, seed: int, **options: Any) -> tuple[Session, str]:
     return session, session.generate(seed=seed, logit_bias=bias, max_new_tokens=40, **options)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2, 3)])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_the_answer_is_what_comes_before_the_stop_text(toy: Model, seed: int, size: int) -> None:
     _, text = ascii_text(toy, seed)
@@ -729,11 +729,11 @@ session.feed([i % 256 for i in range(200)])
 children = []
 for _ in range(3):
     if not os.fork():
-        text = session.generate(seed=1, max_new_tokens=20)
-        again = model.generate([i % 256 for i in range(200)], seed=1, max_new_tokens=20)
+        text = session.generate(seed=1, max_new_tokens=5)
+        again = model.generate([i % 256 for i in range(200)], seed=1, max_new_tokens=5)
         os._exit(0 if text == again else 1)
-text = session.generate(seed=1, max_new_tokens=20)
-again = model.generate([i % 256 for i in range(200)], seed=1, max_new_tokens=20)
+text = session.generate(seed=1, max_new_tokens=5)
+again = model.generate([i % 256 for i in range(200)], seed=1, max_new_tokens=5)
 assert text == again
 assert [os.wait()[1] for _ in range(3)] == [0, 0, 0]
 """
@@ -745,6 +745,9 @@ def test_any_order_of_collection_is_quiet(toy_path: Path) -> None:
     """Nothing is closed here, and nothing may be printed: not even a ResourceWarning."""
     script = f"""
 import gc, itertools, tinygpt2
+tinygpt2.load({str(toy_path)!r}, threads=1).generate("a", max_new_tokens=1)
+gc.collect()
+gc.freeze()  # what is loaded now need not be looked through again each time
 options = {{"seed": 1, "logit_bias": {{ {END}: float("-inf")}}}}
 for order in itertools.permutations(["model", "session", "stream", "other"]):
     things = {{"model": tinygpt2.load({str(toy_path)!r})}}
