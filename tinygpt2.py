@@ -1296,9 +1296,14 @@ def project(x: Array, panels: Array, n: int) -> Array:
 
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     """Ba et al., "Layer Normalization" (2016): each row to mean 0 and variance 1. [T, n_embd]"""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = np.square(centred).mean(axis=-1, keepdims=True)  # [T, 1]
+    centred = x - row_means(x)
+    variance = row_means(np.square(centred))  # [T, 1]
     return centred / np.sqrt(variance + epsilon) * weight + bias
+
+
+def row_means(x: Array) -> Array:
+    """x.mean(axis=-1, keepdims=True), which takes three times as long for a short row."""
+    return np.add.reduce(x, axis=-1, keepdims=True) / np.float32(x.shape[-1])
 
 
 def softmax(x: Array) -> Array:
@@ -1511,7 +1516,9 @@ class NumpyBackend:
 
     def attend(self, layer: int, qkv: Array, span: Span) -> Array:
         """The attention of one text. qkv [T, 3 * n_embd] -> [T, n_embd]"""
-        q, k, v = (split_heads(part, self.config.n_head) for part in np.split(qkv, 3, axis=1))
+        n = self.config.n_embd
+        parts = (qkv[:, :n], qkv[:, n : 2 * n], qkv[:, 2 * n :])  # np.split takes far longer
+        q, k, v = (split_heads(part, self.config.n_head) for part in parts)
         kv = span.cache.kv[layer]  # [2, n_head, n_positions, head_size]
         stop = span.start + len(span.tokens)
         kv[0, :, span.start : stop] = k

@@ -252,8 +252,9 @@ def tales_path() -> Path:
     return ROOT / "vendor" / "tales.tg2"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy(toy_path: Path) -> Iterable[tinygpt2.Model]:
+    """That file, open for all tests."""
     with tinygpt2.load(toy_path) as model:
         yield model
 

@@ -1001,6 +1001,7 @@ def test_a_conversation(speaker: Model, speaker_path: Path) -> None:
 
 
 @needs_pty
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_it_asks_again(speaker_path: Path) -> None:
     with Terminal("--model", speaker_path, "--seed", "1", "--max-tokens", "8000") as terminal:
         terminal.until("> ")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import END, ROOT, slow, write_checkpoint
+from conftest import END, ROOT, write_checkpoint
 from test_cli import Argument, call, interpreters, run
 
 import tinygpt2
@@ -343,7 +343,8 @@ def test_bytes_that_are_not_utf8(toy: tinygpt2.Model, raw: bytes, by: str) -> No
     assert json.loads(result.out)["ids"] == toy.encode(raw.decode("utf-8", "replace"))
 
 
-@pytest.mark.parametrize("by", ["argument", *slow("standard input")])
+@pytest.mark.parametrize("by", ["argument", "standard input"])
+@pytest.mark.slow
 def test_a_process_given_bytes_that_are_not_utf8(toy: tinygpt2.Model, by: str) -> None:
     """Here the system hands them over, and Python makes its strings and streams of them."""
     raw = b"a\xffb \x80 the\xc3 \xed\xa0\x80"
@@ -512,12 +513,13 @@ def test_nothing_is_built_when_a_file_is_opened(gpt2_tokenizer_path: Path) -> No
     assert kinds.count(memoryview) == 6
 
 
-def test_remembered_words_are_bounded(toy: tinygpt2.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_words_are_bounded(toy_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinygpt2, "MAX_CACHE", 10)
-    tokenizer = toy.need_tokenizer()
     text = " ".join(map(str, range(100))) + " " + "the" * 100
-    first = tokenizer.encode(text)
-    assert 0 < len(tokenizer.cache) <= 10
-    assert max(map(len, tokenizer.cache)) <= tinygpt2.MAX_CACHED_WORD
-    assert tokenizer.encode(text) == first
-    assert tokenizer.decode(first) == text
+    with tinygpt2.load(toy_path) as model:
+        tokenizer = model.need_tokenizer()
+        first = tokenizer.encode(text)
+        assert 0 < len(tokenizer.cache) <= 10
+        assert max(map(len, tokenizer.cache)) <= tinygpt2.MAX_CACHED_WORD
+        assert tokenizer.encode(text) == first
+        assert tokenizer.decode(first) == text
