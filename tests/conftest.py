@@ -39,6 +39,14 @@ DTYPES = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterable[None]:
+    """What the tests write need not outlast a power cut, and a busy disk takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of test data; tests that need it are skipped where it is absent."""

@@ -742,6 +742,7 @@ assert [os.wait()[1] for _ in range(3)] == [0, 0, 0]
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_any_order_of_collection_is_quiet(toy_path: Path) -> None:
     """Nothing is closed here, and nothing may be printed: not even a ResourceWarning."""
     script = f"""
