@@ -19,7 +19,6 @@ from conftest import (
     random_weights,
     read_safetensors,
     run_python,
-    slow,
     toy_tokenizer,
     write_checkpoint,
     write_safetensors,
@@ -871,7 +870,8 @@ def beside_an_old_file(tmp_path: Path, weights: Weights) -> tuple[Path, Path]:
     return folder, out
 
 
-@pytest.mark.parametrize("slab", [*slow(1), 20])
+@pytest.mark.parametrize("slab", [1, 20])
+@pytest.mark.slow
 def test_killed(tmp_path: Path, weights: Weights, slab: int) -> None:
     code = f"""
     told = []

@@ -630,7 +630,8 @@ print(json.dumps([seen, tasks, os.environ == before]))
 """
 
 
-@pytest.mark.parametrize("threads", [1, *slow(None)])
+@pytest.mark.parametrize("threads", [1, None])
+@pytest.mark.slow
 def test_threads_of_numpy(toy_path: Path, threads: int | None) -> None:
     """They are asked for while NumPy is imported, and never afterwards; the environment stays."""
     done = run_python(NUMPY_THREADS, toy_path, json.dumps(threads))
