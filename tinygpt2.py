@@ -132,7 +132,8 @@ class FormatError(TinyGPT2Error):
         self.advice = advice or "the file is damaged or of another kind; convert or download it"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path, self.field, self.expected, self.found, self.advice)
+        arguments = (self.path, self.field, self.expected, self.found, self.advice)
+        return type(self), arguments, vars(self)  # with notes, and what others have attached
 
     def __str__(self) -> str:
         place = f"{show_path(self.path)}: {self.field}"
@@ -1246,32 +1247,12 @@ class LazyNumPy:
 
 
 np: Any = LazyNumPy()
-BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
-
-def import_numpy(threads: Optional[int] = None) -> None:
-    """Import NumPy.
-
-    Its matrix library reads the number of threads once, from the environment, when it is loaded.
-    So `threads` counts only if NumPy is not imported yet. The environment is restored afterwards.
-    """
-    global np
-    before = {name: os.environ.get(name) for name in BLAS_THREADS}
-    if threads is not None and "numpy" not in sys.modules:
-        os.environ.update(dict.fromkeys(BLAS_THREADS, str(threads)))
-    try:
-        np = importlib.import_module("numpy")
-    except ImportError as error:
-        advice = "`pip install numpy` installs it"
-        raise TinyGPT2Error(f"NumPy is needed for this: {error} ({advice})") from None
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
+# Measured with OpenBLAS on two processors. Both free: two threads are 1.8 times as fast for 48 rows
+# of 512 numbers and more, 1.0 to 1.5 times for narrower ones, and not faster for fewer rows. Both
+# shared with other programs: the threads wait for each other, and a prompt of 64 tokens takes 9 to
+# 28 times as long, whatever its width. So only work that is large enough gets several threads.
+WIDE = 512
 MANY_ROWS = 48  # measured: from here on copying panels together is faster
 
 
@@ -1440,7 +1421,8 @@ class NumpyBackend:
     chunk = 256  # bounds the scratch memory
 
     def __init__(self, file: TensorFile, config: Config, threads: Optional[int]) -> None:
-        import_numpy(threads)
+        self.threads = (threads or default_threads()) if config.n_embd >= WIDE else 1
+        self.blas = import_numpy(threads, self.threads)
         self.config = config
         activations = {"gelu_new": gelu_new, "gelu": gelu, "relu": relu}
         self.activation = activations[config.activation_function]
@@ -1461,7 +1443,7 @@ class NumpyBackend:
                 block[part] = array if is_matrix else array[: vector_length(config, name)]
 
     def describe(self) -> str:
-        return "numpy"
+        return f"numpy ({self.blas.describe(self.threads)})"
 
     def new_cache(self) -> NumpyCache:
         """Room for every position; the system provides the memory as it fills."""
@@ -1482,7 +1464,9 @@ class NumpyBackend:
     def forward(self, workspace: NumpyWorkspace, spans: Sequence[Span]) -> NumpyLogits:
         """GPT-2. The rows of all spans, R in all, go through the linear layers together."""
         workspace.n_passes += 1
-        with np.errstate(all="ignore"):  # damaged weights are an error later, not a warning
+        is_small = sum(len(span.tokens) for span in spans) < MANY_ROWS
+        with self.blas.limited(1 if is_small else self.threads), np.errstate(all="ignore"):
+            # Damaged weights are an error later, not a warning.
             x = np.concatenate([self.embed(span) for span in spans])  # [R, n_embd]
             for i, block in enumerate(self.blocks):
                 x = x + self.attention(i, block, self.norm(x, block, "ln_1"), spans)
@@ -2579,7 +2563,8 @@ def load(
     Takes milliseconds: the file is mapped, not read. Raises `FormatError` if it is not a good one.
     `backend` is what computes: "c" (the kernels that build.py makes), "numpy", or None for the
     fastest there is. `threads` is how many threads it may use; None takes $TINYGPT2_THREADS, or
-    one for each processor. NumPy follows it only if this call is what imports NumPy.
+    one for each processor. NumPy follows it if threadpoolctl is installed, or else if this call is
+    what imports NumPy; the model's `repr` tells.
     """
     return Model(default_model() if path is None else path, backend, threads)
 
@@ -3038,7 +3023,7 @@ def numpy_instead(
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Processors
+# 9. Processors and threads
 # ------------------------------------------------------------------------------------------------
 
 MAX_THREADS = 256
@@ -3101,6 +3086,125 @@ def read_text(path: str) -> str:
             return file.read()
     except OSError:
         return ""
+
+
+# NumPy leaves matrix products to a library (BLAS) that takes its number of threads from one of the
+# first three when it is loaded, or from the last.
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+ALL_BLAS_THREADS = (*BLAS_THREADS, "OMP_NUM_THREADS")
+
+
+def import_numpy(threads: Optional[int] = None, useful: int = MAX_THREADS) -> BlasThreads:
+    """Import NumPy, and limit its threads to `threads` (by default `default_threads`) or `useful`.
+
+    Where the package threadpoolctl is installed, `BlasThreads` limits them during each pass.
+    Otherwise the environment does, for as long as NumPy is imported; it is restored afterwards.
+    So then the first import decides, and NumPy keeps its number if others have imported it before.
+    A user's own variables for BLAS count if this module was told nothing.
+    """
+    global np, blas
+    count = min(threads or default_threads(), useful)
+    if blas is not None:
+        return blas
+    is_told = threads is not None or bool(os.environ.get("TINYGPT2_THREADS"))
+    is_set = any(os.environ.get(name) for name in ALL_BLAS_THREADS)
+    threadpoolctl = find_threadpoolctl()
+    is_fixed = threadpoolctl is None and "numpy" not in sys.modules and (is_told or not is_set)
+    try:
+        with environment(dict.fromkeys(BLAS_THREADS, str(count)) if is_fixed else {}):
+            np = importlib.import_module("numpy")
+    except ImportError as error:
+        advice = "`pip install numpy` installs it"
+        raise TinyGPT2Error(f"NumPy is needed for this: {error} ({advice})") from None
+    blas = BlasThreads(threadpoolctl, count if is_fixed else None)
+    return blas
+
+
+def find_threadpoolctl() -> Any:
+    """The package, if it is installed and can do what is needed."""
+    if sys.platform == "darwin":  # it cannot change the threads of Apple's BLAS
+        return None
+    try:
+        module = importlib.import_module("threadpoolctl")
+    except ImportError:
+        return None
+    return module if hasattr(module, "ThreadpoolController") else None  # from version 3 on
+
+
+@contextlib.contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables of the environment, and put back what was there before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class BlasThreads:
+    """The threads of NumPy's BLAS. Their number is one for the whole process.
+
+    So it is changed for the time of a pass only. Of passes at the same time the one with the fewest
+    threads decides. After the last one the number is as before. `fixed` is the number that was set
+    for NumPy's import, or None.
+    """
+
+    def __init__(self, threadpoolctl: Any, fixed: Optional[int]) -> None:
+        self.libraries: list[Any] = []
+        if threadpoolctl is not None:
+            found = threadpoolctl.ThreadpoolController().select(user_api="blas")
+            self.libraries = list(found.lib_controllers)
+        self.fixed = fixed
+        self.before: list[int] = []  # the number of each library, while passes change it
+        self.begin()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.begin)
+
+    def begin(self) -> None:
+        """Without passes. A forked child has none of those of its parent's threads."""
+        self.lock = threading.Lock()
+        self.passes: dict[int, int] = {}  # how many threads the pass of each thread may use
+        self.apply()
+
+    def describe(self, threads: int) -> str:
+        if self.libraries:
+            return f"at most {threads} threads"
+        return "threads as NumPy was loaded with" if self.fixed is None else f"{self.fixed} threads"
+
+    @contextlib.contextmanager
+    def limited(self, threads: int) -> Iterator[None]:
+        """Limit BLAS to so many threads."""
+        if not self.libraries:
+            yield
+            return
+        thread = threading.get_ident()
+        try:
+            with self.lock:
+                self.passes[thread] = threads
+                self.apply()
+            yield
+        finally:
+            with self.lock:
+                self.passes.pop(thread, None)
+                self.apply()
+
+    def apply(self) -> None:
+        """Give the libraries the number that the passes want, or their own."""
+        if self.passes and not self.before:
+            self.before = [library.num_threads for library in self.libraries]
+        threads = min(self.passes.values(), default=MAX_THREADS)
+        for library, before in zip(self.libraries, self.before):
+            library.set_num_threads(min(before, threads) if self.passes else before)
+        if not self.passes:
+            self.before = []
+
+
+blas: Optional[BlasThreads] = None
 
 
 # ------------------------------------------------------------------------------------------------
