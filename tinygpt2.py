@@ -3088,10 +3088,9 @@ def read_text(path: str) -> str:
         return ""
 
 
-# NumPy leaves matrix products to a library (BLAS) that takes its number of threads from one of the
-# first three when it is loaded, or from the last.
+# NumPy leaves matrix products to a library, a BLAS. It reads one of these when it is loaded.
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-ALL_BLAS_THREADS = (*BLAS_THREADS, "OMP_NUM_THREADS")
+IMPORTING = threading.Lock()
 
 
 def import_numpy(threads: Optional[int] = None, useful: int = MAX_THREADS) -> BlasThreads:
@@ -3104,20 +3103,31 @@ def import_numpy(threads: Optional[int] = None, useful: int = MAX_THREADS) -> Bl
     """
     global np, blas
     count = min(threads or default_threads(), useful)
-    if blas is not None:
+    with IMPORTING:
+        if blas is None:
+            threadpoolctl = find_threadpoolctl()
+            is_told = threads is not None or bool(os.environ.get("TINYGPT2_THREADS"))
+            is_open = "numpy" not in sys.modules and (is_told or not is_blas_set())
+            fixed = count if is_open and threadpoolctl is None else None
+            np = numpy_with_threads(fixed)
+            blas = BlasThreads(threadpoolctl, fixed)
         return blas
-    is_told = threads is not None or bool(os.environ.get("TINYGPT2_THREADS"))
-    is_set = any(os.environ.get(name) for name in ALL_BLAS_THREADS)
-    threadpoolctl = find_threadpoolctl()
-    is_fixed = threadpoolctl is None and "numpy" not in sys.modules and (is_told or not is_set)
+
+
+def is_blas_set() -> bool:
+    """Whether the user has said how many threads BLAS should take."""
+    return any(os.environ.get(name) for name in (*BLAS_THREADS, "OMP_NUM_THREADS"))
+
+
+def numpy_with_threads(threads: Optional[int]) -> Any:
+    """NumPy, imported while the environment names this number of threads."""
+    values = {} if threads is None else dict.fromkeys(BLAS_THREADS, str(threads))
     try:
-        with environment(dict.fromkeys(BLAS_THREADS, str(count)) if is_fixed else {}):
-            np = importlib.import_module("numpy")
+        with environment(values):
+            return importlib.import_module("numpy")
     except ImportError as error:
         advice = "`pip install numpy` installs it"
         raise TinyGPT2Error(f"NumPy is needed for this: {error} ({advice})") from None
-    blas = BlasThreads(threadpoolctl, count if is_fixed else None)
-    return blas
 
 
 def find_threadpoolctl() -> Any:
@@ -3204,7 +3214,7 @@ class BlasThreads:
             self.before = []
 
 
-blas: Optional[BlasThreads] = None
+blas: Optional[BlasThreads] = None  # once NumPy is imported
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3317,6 +3327,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt", metavar="TEXT", help=text)
     text = 'the prompt as token ids: "15496 995"; - reads them from standard input'
     group.add_argument("--ids", metavar="IDS", help=text)
+    text = "bytes that are no text: an error (strict, the default), or read as U+FFFD (replace)"
+    parser.add_argument("--errors", choices=("strict", "replace"), help=text)
 
 
 CHOICE_OPTIONS = {  # by their names in `Options`
@@ -3426,29 +3438,66 @@ def load_model(options: argparse.Namespace) -> Model:
 
 def read_prompt(options: argparse.Namespace) -> Optional[Union[str, list[int]]]:
     """The prompt that the options name, as text or ids; None if they name none."""
-    text: Optional[str] = options.prompt if options.ids is None else options.ids
-    if text == "-":
-        if sys.stdin is None:
-            raise InputError("standard input is closed")
-        text = sys.stdin.buffer.read().decode("utf-8", "replace")
-        text = re.sub(r"\r?\n\Z", "", text)  # the one that ends a file or an echo
-    if text is None or options.ids is None:
-        return text and argument_text(text)
+    name = "--prompt" if options.ids is None else "--ids"
+    argument: Optional[str] = options.prompt if options.ids is None else options.ids
+    if argument is None:
+        return None
+    is_pipe = argument == "-"
+    text = read_input(options) if is_pipe else argument_text(argument, name, options)
+    return text if options.ids is None else parse_ids(text)
+
+
+def parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(",", " ").split()]
     except ValueError:
         raise InputError(f"--ids: expected whole numbers, found {quote(text)}") from None
 
 
-def argument_text(text: str) -> str:
-    """An argument as UTF-8, whatever encoding the locale has."""
-    with contextlib.suppress(UnicodeEncodeError):
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return mend_surrogates(text)
+def read_input(options: argparse.Namespace) -> str:
+    """Standard input as text, without the line end that ends a file or an echo."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed")
+    data = sys.stdin.buffer.read()
+    marks = [mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)]
+    mark = marks[0] if marks else b""
+    encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
+    text = decode(data, len(mark), encoding, "standard input", options)
+    return re.sub(r"\r?\n\Z", "", text)
+
+
+BYTE_ORDER_MARKS = {  # the longer ones first, as that of UTF-32 begins like that of UTF-16
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+
+
+def argument_text(text: str, name: str, options: argparse.Namespace) -> str:
+    """An argument or a typed line, which is UTF-8 whatever encoding the locale has."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")  # bytes that Python could not decode
+    except UnicodeEncodeError:  # half a surrogate pair, which Windows allows
+        data = text.encode("utf-8", "surrogatepass")
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    return decode(data, start, "utf-8", name, options)
+
+
+def decode(data: bytes, start: int, encoding: str, name: str, options: argparse.Namespace) -> str:
+    """Bytes from `start` on as text."""
+    try:
+        return data[start:].decode(encoding, options.errors or "strict")
+    except UnicodeDecodeError as error:
+        offset = start + error.start
+        found = f"the byte 0x{data[offset]:02x} at offset {offset}"
+        advice = "save it as UTF-8, or let `--errors replace` read U+FFFD in its place"
+        raise InputError(f"{name}: expected {encoding.upper()}, found {found}; {advice}") from None
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    options.stop = [argument_text(text) for text in options.stop]
+    options.stop = [argument_text(text, "--stop", options) for text in options.stop]
     prompt = read_prompt(options)
     if prompt is None and not (sys.stdin and sys.stdin.isatty()):
         raise InputError("no prompt: pass --prompt TEXT, or --prompt - to read standard input")
@@ -3456,7 +3505,7 @@ def run_generate(options: argparse.Namespace) -> None:
     with load_model(options) as model:
         if prompt is None:
             check_options(choices, model.config)
-            interact(model, choices)
+            interact(model, choices, options)
         else:
             print_answer(model, prompt, choices, options)
 
@@ -3525,15 +3574,14 @@ def peak_memory() -> Optional[float]:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def interact(model: Model, choices: dict[str, Any]) -> None:
+def interact(model: Model, choices: dict[str, Any], options: argparse.Namespace) -> None:
     """Ask for prompts at the terminal until Ctrl-D. An empty line continues the last answer."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (gives `input` line editing and a history)
+    prepare_terminal()
     print(f"tinygpt2 {__version__}: Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     session = model.session()
     while True:
         try:
-            prompt = input("> ")
+            prompt = argument_text(input("> "), "prompt", options)
             if prompt:
                 session.close()
                 session = model.session()
@@ -3549,6 +3597,18 @@ def interact(model: Model, choices: dict[str, Any]) -> None:
         except EOFError:
             print()
             return
+
+
+def prepare_terminal() -> None:
+    """Let `input` read UTF-8 in every locale, and hand over other bytes as arguments have them."""
+    if hasattr(sys.stdin, "reconfigure"):
+        encoding = None if sys.platform == "win32" else "utf-8"  # Windows knows its console's
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
+    with contextlib.suppress(ImportError):
+        import readline  # line editing and a history
+
+        for name in ("input-meta on", "output-meta on", "convert-meta off"):
+            readline.parse_and_bind(f"set {name}")  # bytes above 127 are text, not Meta keys
 
 
 def progress_bar() -> Optional[Progress]:
@@ -3620,7 +3680,8 @@ def system_facts(model_path: Optional[str]) -> list[tuple[str, str]]:
         ("tinygpt2", f"{__version__}, {os.path.abspath(__file__)}"),
         ("python", f"{platform.python_version()}, {platform.platform()}"),
         ("processors", str(available_processors())),
-        ("numpy", numpy_version()),
+        ("threads", f"{default_threads()} (TINYGPT2_THREADS)"),
+        ("numpy", numpy_facts()),
     ]
     library = library_path()
     if library is None:
@@ -3638,7 +3699,6 @@ def system_facts(model_path: Optional[str]) -> list[tuple[str, str]]:
         return [
             *facts,
             ("instruction set", f"{backend.isa} (TINYGPT2_ISA: {backend.isas()})"),
-            ("threads", f"{backend.threads} (TINYGPT2_THREADS)"),
             ("c against numpy", compare_backends(model)),
         ]
 
@@ -3650,17 +3710,18 @@ def sha256(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def numpy_version() -> str:
+def numpy_facts() -> str:
+    """The version of NumPy, and how many threads it takes; "none" if it is not installed."""
     try:
-        import_numpy()
+        threads = import_numpy().describe(default_threads())
     except TinyGPT2Error:
         return "none"
-    return str(np.__version__)
+    return f"{np.__version__}, {threads}"
 
 
 def compare_backends(model: Model) -> str:
     """Raise an error if the model's logits differ from NumPy's by more than float32 explains."""
-    if numpy_version() == "none":
+    if numpy_facts() == "none":
         return "not checked: NumPy is not installed"
     ids = list(range(min(64, model.config.n_positions, model.config.vocab_size)))
     with load(model.path, backend="numpy") as reference:
