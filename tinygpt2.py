@@ -913,6 +913,9 @@ class Tokenizer:
         self.cache: dict[str, list[int]] = {}  # the tokens of short words
         self.found: dict[int, int] = {}  # the merges of pairs
 
+    def __reduce__(self) -> NoReturn:
+        raise stays_here("tokenizer", "pickle its model")
+
     def check(self, path: str, n_token_bytes: int) -> None:
         """Check everything that encoding and decoding rely on."""
         offsets = self.offsets[: self.n_tokens + 1]
@@ -1954,6 +1957,9 @@ class Answer:
     def __iter__(self) -> Answer:
         return self
 
+    def __reduce__(self) -> NoReturn:
+        raise stays_here("stream", "pickle its `ids`, or the pieces of its text")
+
     def __next__(self) -> str:
         while True:
             event = self.step()
@@ -2211,9 +2217,11 @@ class Session(GenerateMethods):
     def __copy__(self) -> Session:
         return self.fork()
 
+    def __deepcopy__(self, memo: object) -> Session:
+        return self.fork()
+
     def __reduce__(self) -> NoReturn:
-        advice = "keep its `tokens` and feed them to a new one"
-        raise StateError(f"session: it cannot be pickled, as its model is a mapped file; {advice}")
+        raise stays_here("session", "pickle its `tokens` and its model, and feed a new session")
 
     @property
     def tokens(self) -> list[int]:
@@ -2377,6 +2385,7 @@ class Model(GenerateMethods):
         self.file = TensorFile(path)
         try:
             self.path = self.file.path
+            self._given = (os.path.abspath(self.path), backend, n_threads)  # what pickle keeps
             self.config = read_config(self.file)
             has_tokenizer = self.config.n_merges is not None
             self.tokenizer = Tokenizer(self.file, self.config) if has_tokenizer else None
@@ -2394,6 +2403,31 @@ class Model(GenerateMethods):
         computes = "closed" if backend is None else backend.describe()
         sizes = f"{c.n_layer} layers of {c.n_embd}, {c.vocab_size} tokens"
         return f"<tinygpt2.Model {show_path(self.path)}: {sizes}, {computes}>"
+
+    @property
+    def fingerprint(self) -> str:
+        """The checksums of the file's header and data, and its size, in hexadecimal digits.
+
+        It tells one model from another, whatever their files are called. The checksum of the data
+        is the one that the header claims; `info --verify` compares it with the data.
+        """
+        _ = self.backend  # an error if the model is closed
+        file = self.file
+        header = file.metadata.get(HEADER_CRC) or header_crc(file.map[: file.data_start])
+        data = file.metadata.get("crc32") or file.checksum()
+        return f"{header}{data}{len(file.map):x}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle stores where the file is and what it is, not what it holds."""
+        return open_again, (*self._given, self.fingerprint)
+
+    def __copy__(self) -> Model:
+        """The same model, as it never changes; also for `copy.deepcopy`."""
+        _ = self.backend
+        return self
+
+    def __deepcopy__(self, memo: object) -> Model:
+        return self.__copy__()
 
     @property
     def start_token(self) -> Optional[int]:
@@ -2567,6 +2601,25 @@ def load(
     what imports NumPy; the model's `repr` tells.
     """
     return Model(default_model() if path is None else path, backend, threads)
+
+
+def open_again(
+    path: str, backend: Optional[Literal["c", "numpy"]], threads: Optional[int], fingerprint: str
+) -> Model:
+    """Open a model that was pickled, in this process or in another one."""
+    model = load(path, backend=backend, threads=threads)
+    found = model.fingerprint
+    if found == fingerprint:
+        return model
+    model.close()
+    advice = "put that file back, or pickle a model of the new one"
+    expected = f"{quote(fingerprint)}, the file whose model was pickled"
+    raise FormatError(path, "fingerprint", expected, f"{found!r}, another file", advice)
+
+
+def stays_here(what: str, advice: str) -> StateError:
+    """The error of an object that pickle cannot take to another process."""
+    return StateError(f"{what}: it cannot be pickled, as it uses memory of this process; {advice}")
 
 
 # Companions: parts that a program does not need while it runs live in files of their own, in the
@@ -2776,6 +2829,9 @@ class Handle:
         pointer = getattr(self, "pointer", None)  # an interrupt can end `__init__` at any point
         if pointer is not None:
             self.free(pointer)
+
+    def __reduce__(self) -> NoReturn:
+        raise stays_here("kernels", "pickle the model")
 
 
 def check_status(status: int) -> None:
@@ -3462,6 +3518,8 @@ def read_input(options: argparse.Namespace) -> str:
     marks = [mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)]
     mark = marks[0] if marks else b""
     encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
+    if not mark and options.errors != "replace":
+        refuse_unmarked(data)
     text = decode(data, len(mark), encoding, "standard input", options)
     return re.sub(r"\r?\n\Z", "", text)
 
@@ -3473,6 +3531,14 @@ BYTE_ORDER_MARKS = {  # the longer ones first, as that of UTF-32 begins like tha
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+
+
+def refuse_unmarked(data: bytes) -> None:
+    """Raise an error for UTF-16 without a mark: Latin letters look like UTF-8 with null bytes."""
+    if len(data) >= 4 and b"\0\0" in (data[0:4:2], data[1:4:2]):
+        found = "a null byte beside each letter, as in UTF-16 without a byte order mark"
+        advice = "convert it to UTF-8, or let `--errors replace` read the null bytes too"
+        raise InputError(f"standard input: expected UTF-8, found {found}; {advice}")
 
 
 def argument_text(text: str, name: str, options: argparse.Namespace) -> str:
@@ -3492,7 +3558,7 @@ def decode(data: bytes, start: int, encoding: str, name: str, options: argparse.
     except UnicodeDecodeError as error:
         offset = start + error.start
         found = f"the byte 0x{data[offset]:02x} at offset {offset}"
-        advice = "save it as UTF-8, or let `--errors replace` read U+FFFD in its place"
+        advice = "convert it to UTF-8, or let `--errors replace` read U+FFFD in its place"
         raise InputError(f"{name}: expected {encoding.upper()}, found {found}; {advice}") from None
 
 

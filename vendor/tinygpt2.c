@@ -1668,6 +1668,12 @@ static bool next_word(slice *rest, slice *word) {
     return word->n > 0;
 }
 
+/* A text without the byte order mark that some editors write before UTF-8. */
+static slice without_mark(slice text) {
+    size_t n = text.n >= 3 && memcmp(text.text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;
+    return (slice){text.text + n, text.n - n};
+}
+
 /* How many whole numbers a text has; anything else in it is wrong usage. */
 static size_t count_ids(slice text) {
     slice rest = text;
@@ -1922,7 +1928,7 @@ static void prepare_signals(void) {
 int main(int count, char **words) {
     prepare_signals();
     settings options = read_arguments(count, words);
-    slice ids = equal(options.ids, "-") ? read_input() : options.ids;
+    slice ids = without_mark(equal(options.ids, "-") ? read_input() : options.ids);
     size_t n_prompt = count_ids(ids);
 
     weight_file file = open_weights(options.model);
