@@ -3215,59 +3215,38 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 class BlasThreads:
     """The threads of NumPy's BLAS. Their number is one for the whole process.
 
-    So it is changed for the time of a pass only. Of passes at the same time the one with the fewest
-    threads decides. After the last one the number is as before. `fixed` is the number that was set
-    for NumPy's import, or None.
+    So passes change it one at a time, and it is as before after each. `fixed` is the number that
+    was set for NumPy's import, or None.
     """
 
     def __init__(self, threadpoolctl: Any, fixed: Optional[int]) -> None:
-        self.libraries: list[Any] = []
-        if threadpoolctl is not None:
-            found = threadpoolctl.ThreadpoolController().select(user_api="blas")
-            self.libraries = list(found.lib_controllers)
         self.fixed = fixed
-        self.before: list[int] = []  # the number of each library, while passes change it
-        self.begin()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.begin)
+        self.control: Any = None  # of the BLAS that are loaded
+        if threadpoolctl is not None:
+            control = threadpoolctl.ThreadpoolController().select(user_api="blas")
+            self.control = control if control.lib_controllers else None
+        self.new_lock()
+        if hasattr(os, "register_at_fork"):  # another thread may hold it at the fork
+            os.register_at_fork(after_in_child=self.new_lock)
 
-    def begin(self) -> None:
-        """Without passes. A forked child has none of those of its parent's threads."""
-        self.lock = threading.Lock()
-        self.passes: dict[int, int] = {}  # how many threads the pass of each thread may use
-        self.apply()
+    def new_lock(self) -> None:
+        self.lock = threading.RLock()
 
     def describe(self, threads: int) -> str:
-        if self.libraries:
+        if self.control is not None:
             return f"at most {threads} threads"
         return "threads as NumPy was loaded with" if self.fixed is None else f"{self.fixed} threads"
 
     @contextlib.contextmanager
     def limited(self, threads: int) -> Iterator[None]:
-        """Limit BLAS to so many threads."""
-        if not self.libraries:
+        """Let BLAS take so many threads, or fewer if it takes fewer already."""
+        if self.control is None:
             yield
             return
-        thread = threading.get_ident()
-        try:
-            with self.lock:
-                self.passes[thread] = threads
-                self.apply()
-            yield
-        finally:
-            with self.lock:
-                self.passes.pop(thread, None)
-                self.apply()
-
-    def apply(self) -> None:
-        """Give the libraries the number that the passes want, or their own."""
-        if self.passes and not self.before:
-            self.before = [library.num_threads for library in self.libraries]
-        threads = min(self.passes.values(), default=MAX_THREADS)
-        for library, before in zip(self.libraries, self.before):
-            library.set_num_threads(min(before, threads) if self.passes else before)
-        if not self.passes:
-            self.before = []
+        with self.lock:
+            numbers = [library.num_threads for library in self.control.lib_controllers]
+            with self.control.limit(limits=min(threads, *numbers)):
+                yield
 
 
 blas: Optional[BlasThreads] = None  # once NumPy is imported
@@ -3358,7 +3337,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_prompt_options(parser)
     add_choice_options(parser)
     add_output_options(parser)
-    parser.set_defaults(run=run_generate)
+    parser.set_defaults(run=run_generate, errors="strict")
     add_commands(parser)
     return parser
 
@@ -3494,13 +3473,15 @@ def load_model(options: argparse.Namespace) -> Model:
 
 def read_prompt(options: argparse.Namespace) -> Optional[Union[str, list[int]]]:
     """The prompt that the options name, as text or ids; None if they name none."""
-    name = "--prompt" if options.ids is None else "--ids"
-    argument: Optional[str] = options.prompt if options.ids is None else options.ids
-    if argument is None:
-        return None
-    is_pipe = argument == "-"
-    text = read_input(options) if is_pipe else argument_text(argument, name, options)
-    return text if options.ids is None else parse_ids(text)
+    if options.ids is not None:  # wrong bytes are not numbers either
+        return parse_ids(read_argument(options.ids, "--ids", "replace"))
+    if options.prompt is not None:
+        return read_argument(options.prompt, "--prompt", options.errors)
+    return None
+
+
+def read_argument(argument: str, name: str, errors: str) -> str:
+    return read_input(errors) if argument == "-" else argument_text(argument, name, errors)
 
 
 def parse_ids(text: str) -> list[int]:
@@ -3510,7 +3491,7 @@ def parse_ids(text: str) -> list[int]:
         raise InputError(f"--ids: expected whole numbers, found {quote(text)}") from None
 
 
-def read_input(options: argparse.Namespace) -> str:
+def read_input(errors: str) -> str:
     """Standard input as text, without the line end that ends a file or an echo."""
     if sys.stdin is None:
         raise InputError("standard input is closed")
@@ -3518,9 +3499,9 @@ def read_input(options: argparse.Namespace) -> str:
     marks = [mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)]
     mark = marks[0] if marks else b""
     encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
-    if not mark and options.errors != "replace":
+    if not mark and errors == "strict":
         refuse_unmarked(data)
-    text = decode(data, len(mark), encoding, "standard input", options)
+    text = decode(data, len(mark), encoding, "standard input", errors)
     return re.sub(r"\r?\n\Z", "", text)
 
 
@@ -3541,20 +3522,20 @@ def refuse_unmarked(data: bytes) -> None:
         raise InputError(f"standard input: expected UTF-8, found {found}; {advice}")
 
 
-def argument_text(text: str, name: str, options: argparse.Namespace) -> str:
+def argument_text(text: str, name: str, errors: str) -> str:
     """An argument or a typed line, which is UTF-8 whatever encoding the locale has."""
     try:
         data = text.encode("utf-8", "surrogateescape")  # bytes that Python could not decode
     except UnicodeEncodeError:  # half a surrogate pair, which Windows allows
         data = text.encode("utf-8", "surrogatepass")
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
-    return decode(data, start, "utf-8", name, options)
+    return decode(data, start, "utf-8", name, errors)
 
 
-def decode(data: bytes, start: int, encoding: str, name: str, options: argparse.Namespace) -> str:
+def decode(data: bytes, start: int, encoding: str, name: str, errors: str) -> str:
     """Bytes from `start` on as text."""
     try:
-        return data[start:].decode(encoding, options.errors or "strict")
+        return data[start:].decode(encoding, errors)
     except UnicodeDecodeError as error:
         offset = start + error.start
         found = f"the byte 0x{data[offset]:02x} at offset {offset}"
@@ -3563,7 +3544,7 @@ def decode(data: bytes, start: int, encoding: str, name: str, options: argparse.
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    options.stop = [argument_text(text, "--stop", options) for text in options.stop]
+    options.stop = [argument_text(text, "--stop", options.errors) for text in options.stop]
     prompt = read_prompt(options)
     if prompt is None and not (sys.stdin and sys.stdin.isatty()):
         raise InputError("no prompt: pass --prompt TEXT, or --prompt - to read standard input")
@@ -3571,7 +3552,7 @@ def run_generate(options: argparse.Namespace) -> None:
     with load_model(options) as model:
         if prompt is None:
             check_options(choices, model.config)
-            interact(model, choices, options)
+            interact(model, choices, options.errors)
         else:
             print_answer(model, prompt, choices, options)
 
@@ -3640,14 +3621,14 @@ def peak_memory() -> Optional[float]:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def interact(model: Model, choices: dict[str, Any], options: argparse.Namespace) -> None:
+def interact(model: Model, choices: dict[str, Any], errors: str) -> None:
     """Ask for prompts at the terminal until Ctrl-D. An empty line continues the last answer."""
     prepare_terminal()
     print(f"tinygpt2 {__version__}: Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     session = model.session()
     while True:
         try:
-            prompt = argument_text(input("> "), "prompt", options)
+            prompt = argument_text(input("> "), "prompt", errors)
             if prompt:
                 session.close()
                 session = model.session()

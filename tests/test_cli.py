@@ -6,6 +6,7 @@ process itself (its streams, its signals, its end) is tested by `call`, in this 
 
 from __future__ import annotations
 
+import codecs
 import glob
 import io
 import itertools
@@ -173,9 +174,19 @@ def test_prompt_prints_the_answer_of_generate(
 
 def test_a_process_prints_the_answer_too(toy: Model, toy_path: Path) -> None:
     flags = ["--seed=1", "--max-tokens=9"]
-    result = run("--model", toy_path, "--prompt", "-", *flags, stdin=b"The \xff thing\n")
-    expected = toy.generate("The \ufffd thing", seed=1, max_new_tokens=9)
+    result = run("--model", toy_path, "--prompt", "-", *flags, stdin="\ufeffThé thing\n".encode())
+    expected = toy.generate("Thé thing", seed=1, max_new_tokens=9)
     assert result == (0, expected + "\n", "")
+
+
+UTF_16, UTF_32 = (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF32_LE, "utf-32-le")
+MARKS = [
+    (codecs.BOM_UTF8, "utf-8"),
+    UTF_16,
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+    UTF_32,
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+]
 
 
 @pytest.mark.parametrize(
@@ -184,10 +195,15 @@ def test_a_process_prints_the_answer_too(toy: Model, toy_path: Path) -> None:
         (b"The thing", "The thing"),
         (b"The thing\n", "The thing"),
         (b"The thing\r\n", "The thing"),
+        (b"The\r\nthing\r", "The\r\nthing\r"),
         (b"\nThe thing\n\n", "\nThe thing\n"),
         ("é \U0001f600".encode(), "é \U0001f600"),
-        (b"The \xff\xc3", "The \ufffd\ufffd"),
+        (b"The\0thing\0", "The\0thing\0"),
+        ("The \ufeff\ufffd".encode(), "The \ufeff\ufffd"),
+        ("\ufeff\ufeffThe".encode(), "\ufeffThe"),
         (b"", ""),
+        *((mark + "é \U0001f600\r\n".encode(code), "é \U0001f600") for mark, code in MARKS),
+        *((mark, "") for mark, _ in MARKS),
     ],
     ids=ascii,
 )
@@ -196,11 +212,42 @@ def test_prompt_from_standard_input(toy: Model, toy_path: Path, given: bytes, pr
     assert result == (0, toy.generate(prompt, seed=1, max_new_tokens=9) + "\n", "")
 
 
+NOT_TEXT = [  # the bytes, what is read in place of the wrong ones, and what the error says
+    (b"caf\xe9 noir", "caf\ufffd noir", ["UTF-8", "byte 0xe9 at offset 3"]),
+    (b"The \xff\xc3", "The \ufffd\ufffd", ["UTF-8", "byte 0xff at offset 4"]),
+    (b"caf\xc3", "caf\ufffd", ["UTF-8", "byte 0xc3 at offset 3"]),
+    (b"\xef\xbb\xbfa\x80", "a\ufffd", ["UTF-8", "byte 0x80 at offset 4"]),
+    (b"a\xed\xa0\x80", "a\ufffd\ufffd\ufffd", ["UTF-8", "byte 0xed at offset 1"]),
+]
+NOT_TEXT_IN_A_FILE = [
+    (UTF_16[0] + b"a\0b", "a\ufffd", ["UTF-16-LE", "byte 0x62 at offset 4"]),
+    (UTF_16[0] + b"a\0\0\xdcb\0", "a\ufffdb", ["UTF-16-LE", "byte 0x00 at offset 4"]),
+    (UTF_32[0] + b"a\0\0\0\0\0\xff\0", "a\ufffd", ["UTF-32-LE", "byte 0x00 at offset 8"]),
+    ("The".encode("utf-16-le"), "T\0h\0e\0", ["null byte", "UTF-16 without a byte order mark"]),
+    ("The".encode("utf-16-be"), "\0T\0h\0e", ["null byte", "UTF-16 without a byte order mark"]),
+]
+
+
+@pytest.mark.parametrize(("given", "replaced", "words"), NOT_TEXT + NOT_TEXT_IN_A_FILE, ids=ascii)
+def test_bytes_that_are_no_text(
+    toy: Model, toy_path: Path, given: bytes, replaced: str, words: list[str]
+) -> None:
+    flags = ["--prompt", "-", "--errors", "replace"]
+    for command in ([], ["score"]):
+        result = call(*command, "--model", toy_path, *flags[:2], stdin=given)
+        check_failure(result, 2, "standard input: expected UTF-", *words, "`--errors replace`")
+    result = call("--model", toy_path, *flags, "--seed=1", "--max-tokens=9", stdin=given)
+    assert result == (0, toy.generate(replaced, seed=1, max_new_tokens=9) + "\n", "")
+    for line in (["score", *flags], [*flags, "score"]):
+        result = call(*line, "--model", toy_path, "--json", stdin=given)
+        assert (result.code, json.loads(result.out)["ids"]) == (0, toy.encode(replaced))
+
+
 @pytest.mark.parametrize(
     ("given", "prompt"),
     [
-        (b"The \xff", "The \ufffd"),
         ("é".encode(), "é"),
+        ("\ufeffThe".encode(), "The"),
         (b"", ""),
         (b"--seed", "--seed"),
         (b"- a list", "- a list"),
@@ -215,7 +262,44 @@ def test_prompt_from_strange_arguments(
 
 
 @pytest.mark.parametrize(
-    ("given", "stdin"), [("5 6 7", b""), ("5,6, 7", b""), ("-", b"5 6\n7\n")], ids=ascii
+    ("given", "replaced", "words"),
+    [*NOT_TEXT, (UTF_16[0] + b"The", "\ufffd\ufffdThe", ["UTF-8", "byte 0xff at offset 0"])],
+    ids=ascii,
+)
+def test_arguments_that_are_no_text(
+    toy: Model, toy_path: Path, given: bytes, replaced: str, words: list[str]
+) -> None:
+    """The second half of a surrogate pair alone is what Python makes of a byte."""
+    prompt = b"--prompt=" + given
+    check_failure(call("--model", toy_path, prompt), 2, "--prompt: expected UTF-8", *words)
+    check_failure(call("score", "--model", toy_path, prompt), 2, "--prompt: expected", *words)
+    stop = b"--stop=" + given
+    check_failure(call("--model", toy_path, "--prompt=a", stop), 2, "--stop: expected", *words)
+    flags = ["--errors=replace", "--seed=1", "--max-tokens=9"]
+    result = call("--model", toy_path, prompt, *flags)
+    assert result == (0, toy.generate(replaced, seed=1, max_new_tokens=9) + "\n", "")
+
+
+def test_half_a_surrogate_pair_as_an_argument(
+    toy: Model, toy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Windows allows it."""
+    line = ["--model", str(toy_path), "--prompt", "a\ud83d", "--max-tokens=0"]
+    assert tinygpt2.main(line) == 2
+    assert "byte 0xed at offset 1" in capsys.readouterr().err
+    assert tinygpt2.main([*line, "--errors", "replace"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "stdin"),
+    [
+        ("5 6 7", b""),
+        ("5,6, 7", b""),
+        ("\ufeff5 6 7", b""),
+        ("-", b"5 6\n7\n"),
+        *(("-", mark + "5,6\r\n7".encode(code)) for mark, code in MARKS),
+    ],
+    ids=ascii,
 )
 def test_ids_print_ids(toy: Model, toy_path: Path, given: str, stdin: bytes) -> None:
     flags = ["--seed", "1", "--max-tokens", "9"]
@@ -941,7 +1025,7 @@ def test_info_system(toy_path: Path, tmp_path: Path) -> None:
 class Terminal:
     """The command line at a terminal of its own."""
 
-    def __init__(self, *arguments: Argument) -> None:
+    def __init__(self, *arguments: Argument, environ: Mapping[str, str] | None = None) -> None:
         spawn = (
             "import os, pty, signal, sys\n"
             "signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job may ignore it\n"
@@ -951,7 +1035,7 @@ class Terminal:
             [sys.executable, "-c", spawn, *command(*arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **(environ or {})},
         )
         assert self.process.stdin
         assert self.process.stdout
@@ -968,7 +1052,7 @@ class Terminal:
         self.screen.close()
 
     def type(self, text: str) -> None:
-        self.keyboard.write(text.encode())
+        self.keyboard.write(text.encode("utf-8", "surrogateescape"))
         self.keyboard.flush()
 
     def until(self, text: str) -> str:
@@ -1037,6 +1121,48 @@ def test_an_error_at_the_terminal_is_told_and_it_asks_again(toy_path: Path) -> N
         terminal.until("> ")
         terminal.type("a" * 65 + "\n")
         assert "error: context: expected at most 64 tokens" in terminal.until("> ")
+        terminal.type(CTRL_D)
+        assert terminal.leave()[0] == 0
+
+
+NO_COERCION = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@needs_pty
+@pytest.mark.parametrize(
+    ("environ", "has_readline"),
+    [
+        ({"LC_ALL": "C.UTF-8"}, False),
+        pytest.param({"LC_ALL": "C", **NO_COERCION}, False, marks=pytest.mark.slow),
+        pytest.param({"LC_ALL": "C", **NO_COERCION}, True, marks=pytest.mark.slow),
+        pytest.param({"PYTHONIOENCODING": "ascii"}, True, marks=pytest.mark.slow),
+        pytest.param({"PYTHONIOENCODING": "latin-1"}, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_terminal_is_utf_8_in_every_locale(
+    speaker: Model, speaker_path: Path, tmp_path: Path, environ: dict[str, str], has_readline: bool
+) -> None:
+    """Other bytes are an error, and it asks again. Backspace takes one byte, without readline."""
+    if not has_readline:
+        hide = "import sys; sys.modules['readline'] = None\n"
+        (tmp_path / "sitecustomize.py").write_text(hide, "utf-8")
+        environ = {**environ, "PYTHONPATH": str(tmp_path)}
+    options: dict[str, Any] = {"seed": 1, "max_new_tokens": 8}
+    answer = speaker.generate("café", **options)
+    assert answer != speaker.generate("caf", **options)
+    flags = ["--seed", "1", "--max-tokens", "8"]
+    with Terminal("--model", speaker_path, *flags, environ=environ) as terminal:
+        terminal.until("> ")
+        terminal.type("café\n")
+        assert terminal.until("> ").endswith(f"\n{answer}\n")
+        wrong = {"caf\udce9 noir\n": "byte 0xe9 at offset 3", "café\x7f\n": "byte 0xc3 at offset 3"}
+        for typed, message in wrong.items() if not has_readline else ():  # it handles keys itself
+            terminal.type(typed)
+            error = f"error: prompt: expected UTF-8, found the {message}; "
+            assert error in terminal.until("> ")
+        terminal.type("café\n")
+        assert terminal.until("> ").endswith(f"\n{answer}\n")
         terminal.type(CTRL_D)
         assert terminal.leave()[0] == 0
 

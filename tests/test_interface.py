@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import copy
 import gc
 import importlib.util
 import inspect
+import json
 import logging
+import multiprocessing
+import operator
+import os
 import pickle
+import re
+import shutil
 import subprocess
 import sys
 import typing
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +32,7 @@ from conftest import ROOT, in_threads, run_python, slow
 import tinygpt2
 from tinygpt2 import Model, Options, Session
 
+TIMEOUT = 60  # seconds
 METHODS = ("generate", "stream", "complete", "generate_ids", "stream_ids")
 is_source = pytest.mark.skipif(
     not tinygpt2.__file__.endswith(".py"), reason="compiled classes lack hints, weak references"
@@ -150,9 +160,13 @@ def test_a_copy_is_a_second_future(model: Model) -> None:
         assert each.generate(max_new_tokens=20, seed=3) == fresh
 
 
-def test_a_session_cannot_be_pickled(model: Model) -> None:
-    with pytest.raises(tinygpt2.StateError, match="tokens"):
-        pickle.dumps(model.session())
+def test_a_deep_copy_is_one_too(model: Model) -> None:
+    session = model.session()
+    session.feed([5, 6, 7])
+    other = copy.deepcopy({"session": session})["session"]
+    session.rewind(1)
+    assert other.tokens == [5, 6, 7]
+    assert other.model is model
 
 
 def test_repr_says_what_it_is(model: Model) -> None:
@@ -193,31 +207,193 @@ def test_texts_in_one_pass_are_the_texts_alone(model: Model) -> None:
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)
 
 
+# Models that travel
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_model_travels(model: Model, protocol: int) -> None:
+    with pickle.loads(pickle.dumps(model, protocol)) as again:
+        assert again is not model
+        assert again.fingerprint == model.fingerprint
+        assert again.backend.describe() == model.backend.describe()
+        assert (again.logits([1, 2, 3]) == model.logits([1, 2, 3])).all()
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy", None])
+@pytest.mark.parametrize("threads", [1, 3, None])
+def test_a_model_travels_with_its_options(
+    toy_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: Optional[Literal["c", "numpy"]],
+    threads: Optional[int],
+) -> None:
+    """As they were given: without them, the other process decides for itself."""
+    if backend == "c" and tinygpt2.library_path() is None:
+        pytest.skip("needs the C kernels: `python build.py`")
+    monkeypatch.setenv("TINYGPT2_THREADS", "5")
+    with tinygpt2.load(toy_path, backend=backend, threads=threads) as model:
+        data, name = pickle.dumps(model), model.backend.name
+    monkeypatch.setenv("TINYGPT2_THREADS", "6")
+    with pickle.loads(data) as again:
+        assert again.backend.name == name
+        if name == "c":
+            assert f"{threads or 6} threads" in again.backend.describe()
+
+
+def test_a_model_travels_by_its_absolute_path(
+    toy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(toy_path.parent)
+    with tinygpt2.load(toy_path.name) as model:
+        monkeypatch.chdir(tmp_path)  # before it is pickled
+        data = pickle.dumps(model)
+    with pickle.loads(data) as again:
+        assert again.path == str(toy_path)
+
+
+def changed_weights(path: Path, out: Path) -> None:
+    """The same model but for one bit, and right checksums."""
+    with contextlib.closing(tinygpt2.TensorFile(path)) as file:
+        content = bytearray(bytes(file.map)[file.data_start :])
+        content[0] ^= 1
+        entries = {name: (tensor.dtype, tensor.shape) for name, tensor in file.tensors.items()}
+        metadata = {k: v for k, v in file.metadata.items() if k not in ("crc32", "header_crc32")}
+        tinygpt2.write_tensors(str(out), entries, [bytes(content)], metadata, lambda _: None)
+
+
+def version_1(path: Path, out: Path, crc32: Optional[str], last_byte: bytes = b"") -> None:
+    """The same model as version 1, whose header has no checksum, and as another program may have
+    written it, perhaps without a checksum of the data."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    metadata = header["__metadata__"]
+    config = json.loads(metadata["config"])
+    config["eos_token_id"] = config.pop("eos_token_ids")[0]
+    metadata.update(format_version="1", config=json.dumps(config))
+    del metadata["header_crc32"], metadata["crc32"]
+    if crc32:
+        metadata["crc32"] = crc32
+    text = json.dumps(header).encode().ljust(start + 1024 - 8)  # the data begins 1024 bytes later
+    data = content[start : len(content) - len(last_byte)] + last_byte
+    out.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def test_a_model_does_not_travel_to_another_file(toy_path: Path, tmp_path: Path) -> None:
+    """Neither to one with other weights, nor to one of another kind, nor to none."""
+    path = tmp_path / "model.tg2"
+    shutil.copy(toy_path, path)
+    with tinygpt2.load(path) as model:
+        data, fingerprint = pickle.dumps(model), model.fingerprint
+    os.utime(path, (0, 0))
+    pickle.loads(data).close()  # the time does not count
+    path.unlink()
+    with pytest.raises(tinygpt2.MissingFileError, match=r"model\.tg2"):
+        pickle.loads(data)
+    changed_weights(toy_path, path)
+    with pytest.raises(tinygpt2.FormatError, match="fingerprint") as caught:
+        pickle.loads(data)
+    error = caught.value
+    assert (error.path, error.field) == (str(path), "fingerprint")
+    assert fingerprint in error.expected
+    assert fingerprint not in error.found
+    path.write_bytes(b"not a model")
+    with pytest.raises(tinygpt2.FormatError, match=r"model\.tg2"):
+        pickle.loads(data)
+
+
+def test_fingerprints_tell_files_apart(toy_path: Path, tmp_path: Path) -> None:
+    """By their content: header, data and size."""
+    shutil.copy(toy_path, tmp_path / "same.tg2")
+    changed_weights(toy_path, tmp_path / "other.tg2")
+    version_1(toy_path, tmp_path / "old.tg2", "12345678")
+    version_1(toy_path, tmp_path / "old-other.tg2", "12345679")
+    version_1(toy_path, tmp_path / "silent.tg2", None)
+    version_1(toy_path, tmp_path / "silent-other.tg2", None, last_byte=b"?")
+    found = {}
+    for path in (toy_path, *tmp_path.iterdir()):
+        with tinygpt2.load(path) as model:
+            found[path] = model.fingerprint
+            pickle.loads(pickle.dumps(model)).close()
+    assert len(found) == 7
+    assert found[toy_path] == found[tmp_path / "same.tg2"]
+    assert len(set(found.values())) == 6
+    assert all(re.fullmatch("[0-9a-f]{17,}", value) for value in found.values())
+
+
+def test_a_copy_of_a_model_is_the_model(model: Model) -> None:
+    """It never changes, and there is nothing to gain from a second one."""
+    assert copy.copy(model) is model
+    assert copy.deepcopy([model])[0] is model
+    model.close()
+    for use in (copy.copy, copy.deepcopy, pickle.dumps, lambda closed: closed.fingerprint):
+        with pytest.raises(tinygpt2.StateError, match="model: it is closed"):
+            use(model)
+
+
+def test_what_cannot_travel_says_what_to_do(model: Model) -> None:
+    stream = model.stream([1])
+    with model.workspace() as workspace:
+        pass
+    stays: dict[str, Any] = {
+        "its `tokens`": stream.session,
+        "its `ids`": stream,
+        "its model": model.tokenizer,
+    }
+    if model.backend.name == "c":
+        stays["the model"] = workspace
+    for advice, value in stays.items():
+        with pytest.raises(tinygpt2.StateError, match=f"cannot be pickled.*pickle {advice}"):
+            pickle.dumps(value)
+    assert stream.result().ids  # and nothing has become of it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_models_and_errors_in_other_processes(model: Model, method: str) -> None:
+    """A pool of concurrent.futures and one of multiprocessing; neither may hang."""
+    work = operator.methodcaller("generate_ids", [1, 2], max_new_tokens=5, seed=1)
+    context: Any = multiprocessing.get_context(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+            assert executor.submit(work, model).result(TIMEOUT) == work(model)
+            error = executor.submit(tinygpt2.load, "none.tg2").exception(TIMEOUT)
+            assert isinstance(error, tinygpt2.MissingFileError)
+        with context.Pool(1) as pool:
+            assert pool.apply_async(work, (model,)).get(TIMEOUT) == work(model)
+            too_long = operator.methodcaller("generate_ids", [1] * 65)
+            with pytest.raises(tinygpt2.ContextError, match="at most 64 tokens"):
+                pool.apply_async(too_long, (model,)).get(TIMEOUT)
+
+
 # Errors
 
 
-ERRORS: list[Exception] = [
-    tinygpt2.FormatError("a/b", "field", "this", "that", "do it"),
-    tinygpt2.MissingFileError("a/b", "file", "a file", "none", "make it"),
-    *(
-        kind("text")
-        for kind in (
-            tinygpt2.TinyGPT2Error,
-            tinygpt2.InputError,
-            tinygpt2.ContextError,
-            tinygpt2.StateError,
-            tinygpt2.NumericError,
-            tinygpt2.DownloadError,
-        )
-    ),
-]
+def kinds_of(kind: type[Exception]) -> set[type[Exception]]:
+    return {kind}.union(*map(kinds_of, kind.__subclasses__()))
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_errors_travel(error: Exception) -> None:
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is type(error)
-    assert (str(again), vars(again)) == (str(error), vars(error))
+def example_of(kind: type[Exception]) -> Exception:
+    values = ["a/b", "field", "this", "that", "do it"]
+    return kind(*values) if issubclass(kind, tinygpt2.FormatError) else kind("text")
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_errors_travel(protocol: int) -> None:
+    """All kinds, with what others have attached to them."""
+    tinygpt2.load_companion("convert")  # if it has kinds of its own
+    kinds = kinds_of(tinygpt2.TinyGPT2Error)
+    assert kinds >= {getattr(tinygpt2, name) for name in tinygpt2.__all__ if "Error" in name}
+    for error in map(example_of, kinds):
+        vars(error)["__notes__"] = ["a note"]  # as `add_note` does from Python 3.11 on
+        copies = [copy.copy(error), copy.deepcopy(error)]
+        for again in (pickle.loads(pickle.dumps(error, protocol)), *copies):
+            assert type(again) is type(error)
+            assert (str(again), vars(again)) == (str(error), vars(error))
+            assert again.args == error.args
+            if isinstance(error, OSError) and isinstance(again, OSError):
+                assert (again.errno, again.filename) == (error.errno, error.filename)
 
 
 def test_a_missing_file_is_pythons_own_error(tmp_path: Path) -> None:

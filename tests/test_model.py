@@ -9,6 +9,10 @@ import json
 import math
 import os
 import re
+import signal
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +24,7 @@ from conftest import (
     TOY,
     UNTIED,
     Shape,
+    in_threads,
     largest,
     random_weights,
     run_python,
@@ -603,14 +608,19 @@ def test_a_prompt_longer_than_a_pass(tmp_path: Path, backend: str) -> None:
         assert model.generate_ids(ids, max_new_tokens=1, temperature=0) == [best]
 
 
-# Threads of NumPy's matrix library, which reads their number from the environment when it is loaded
+# Threads of NumPy's matrix library
 
 NUMPY_THREADS = """
 import importlib.abc, json, os, sys
-import tinygpt2
+path, threads, environ, can_limit = json.loads(sys.argv[1])
 names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-os.environ.update(OPENBLAS_NUM_THREADS="2")
-os.environ.pop("MKL_NUM_THREADS", None)
+for name in (*names, "OMP_NUM_THREADS", "TINYGPT2_THREADS"):
+    os.environ.pop(name, None)
+os.environ.update(environ)
+before = dict(os.environ)
+if not can_limit:
+    sys.modules["threadpoolctl"] = None
+import tinygpt2
 seen = []
 
 class Watch(importlib.abc.MetaPathFinder):
@@ -619,28 +629,175 @@ class Watch(importlib.abc.MetaPathFinder):
             seen.append([os.environ.get(name) for name in names])
 
 sys.meta_path.insert(0, Watch())
-before = dict(os.environ)
-wanted = json.loads(sys.argv[2])
-with tinygpt2.load(sys.argv[1], backend="numpy", threads=wanted) as model:
+with tinygpt2.load(path, backend="numpy", threads=threads) as model:
     model.logits([1] * 60)
+    described = model.backend.describe()
 is_linux = os.path.isdir("/proc/self/task")
 tasks = len(os.listdir("/proc/self/task")) if is_linux else None
-tinygpt2.load(sys.argv[1], backend="numpy", threads=7)
-print(json.dumps([seen, tasks, os.environ == before]))
+with tinygpt2.load(path, backend="numpy", threads=7) as model:
+    again = model.backend.describe()
+print(json.dumps([*seen, described, again, tasks, os.environ == before]))
 """
 
 
-@pytest.mark.parametrize("threads", [1, None])
+class Told(NamedTuple):
+    """What NumPy's import sees when this was said."""
+
+    threads: int | None
+    environ: dict[str, str]
+    seen: str | None  # the number of threads in the three variables; None if they were left alone
+    is_wide: bool = True
+
+
+TOLD = [
+    Told(1, {"OPENBLAS_NUM_THREADS": "2"}, "1"),
+    Told(3, {"TINYGPT2_THREADS": "2"}, "3"),
+    Told(None, {"TINYGPT2_THREADS": "2", "MKL_NUM_THREADS": "5"}, "2"),
+    Told(None, {}, str(tinygpt2.available_processors())),
+    Told(None, {"OPENBLAS_NUM_THREADS": "2"}, None),
+    Told(None, {"OMP_NUM_THREADS": "2"}, None),
+    Told(3, {}, "1", is_wide=False),
+]
+
+
+@pytest.fixture(scope="module")
+def wide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that gets several threads."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = {**TOY, "n_embd": tinygpt2.WIDE, "n_layer": 1, "n_head": 8, "n_inner": 16}
+    model_of(folder, config, random_weights(config), "numpy").close()
+    return folder / "m.tg2"
+
+
 @pytest.mark.slow
-def test_threads_of_numpy(toy_path: Path, threads: int | None) -> None:
+@pytest.mark.parametrize("told", TOLD, ids=str)
+def test_threads_of_numpy(toy_path: Path, wide_path: Path, told: Told) -> None:
     """They are asked for while NumPy is imported, and never afterwards; the environment stays."""
-    done = run_python(NUMPY_THREADS, toy_path, json.dumps(threads))
+    path = str(wide_path if told.is_wide else toy_path)
+    done = run_python(NUMPY_THREADS, json.dumps([path, *told[:2], False]))
     assert done.returncode == 0, done.stderr
-    seen, tasks, is_unchanged = json.loads(done.stdout)
+    seen, described, again, tasks, is_unchanged = json.loads(done.stdout)
     assert is_unchanged
-    assert len(seen) == 1
-    assert seen[0][:2] == (["1", "1"] if threads else ["2", None])
-    assert threads is None or tasks in (1, None)
+    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    assert seen == [told.seen or told.environ.get(name) for name in names]
+    own = "threads as NumPy was loaded with" if told.seen is None else f"{told.seen} threads"
+    assert described == again == f"numpy ({own})"
+    assert told.seen != "1" or tasks in (1, None)
+
+
+def test_a_wrong_number_of_threads_in_the_environment(
+    toy_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an error in both backends, also when NumPy has been imported before."""
+    monkeypatch.setenv("TINYGPT2_THREADS", "nonsense")
+    with pytest.raises(tinygpt2.InputError, match=r"TINYGPT2_THREADS: expected .* 'nonsense'"):
+        load(toy_path, backend)
+
+
+def set_threads(libraries: Sequence[Any], numbers: Sequence[int]) -> None:
+    """In a thread that ends: OpenBLAS listens to one thread as long as that one lives."""
+
+    def work() -> None:
+        for library, number in zip(libraries, numbers):
+            library.set_num_threads(number)
+
+    in_threads([work])
+
+
+@pytest.fixture
+def threadpoolctl() -> Iterator[Any]:
+    """The package, and four threads for NumPy's matrix library."""
+    module = pytest.importorskip("threadpoolctl", reason="limits threads with threadpoolctl")
+    blas = module.ThreadpoolController().select(user_api="blas").lib_controllers
+    if not blas:
+        pytest.skip("threadpoolctl does not know the matrix library of this NumPy")
+    before = [library.num_threads for library in blas]
+    set_threads(blas, [4] * len(blas))
+    yield module
+    set_threads(blas, before)
+
+
+def blas_threads(threadpoolctl: Any) -> int:
+    libraries = threadpoolctl.ThreadpoolController().select(user_api="blas").info()
+    return max(int(entry["num_threads"]) for entry in libraries)
+
+
+def test_a_pass_limits_threads_and_gives_them_back(threadpoolctl: Any) -> None:
+    blas = tinygpt2.BlasThreads(threadpoolctl, None)
+    for most in (1, 3, 9):  # never more than there were
+        with blas.limited(most):
+            assert blas_threads(threadpoolctl) == min(4, most)
+        assert blas_threads(threadpoolctl) == 4
+    with pytest.raises(KeyError), blas.limited(2):
+        raise KeyError
+    assert blas_threads(threadpoolctl) == 4
+
+
+def test_passes_of_several_threads_take_turns(threadpoolctl: Any) -> None:
+    """Otherwise one would give back the limit of another, which would stay for ever."""
+    blas = tinygpt2.BlasThreads(threadpoolctl, None)
+    seen: list[tuple[int, int, int]] = []
+
+    def run(most: int) -> None:
+        for _ in range(20):
+            with blas.limited(most):
+                first = blas_threads(threadpoolctl)
+                time.sleep(0.001)
+                seen.append((most, first, blas_threads(threadpoolctl)))
+
+    in_threads([functools.partial(run, most) for most in (1, 2, 3)])
+    assert set(seen) == {(most, most, most) for most in (1, 2, 3)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_during_a_pass_of_another_thread(threadpoolctl: Any) -> None:
+    """It computes, and does not wait for a thread that it does not have."""
+    blas = tinygpt2.BlasThreads(threadpoolctl, None)
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with blas.limited(1):
+            has_begun.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    has_begun.wait(60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        with blas.limited(1):
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    may_end.set()
+    thread.join(60)
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads"), [(tinygpt2.MANY_ROWS - 1, 1), (tinygpt2.MANY_ROWS, 3)]
+)
+def test_small_passes_take_one_thread(
+    toy_path: Path, wide_path: Path, threadpoolctl: Any, rows: int, threads: int
+) -> None:
+    for path, expected in ((wide_path, threads), (toy_path, 1)):
+        seen: list[int] = []
+        with tinygpt2.load(path, backend="numpy", threads=3) as model:
+            backend: Any = model.backend
+            backend.blas = tinygpt2.BlasThreads(threadpoolctl, None)
+            activation = backend.activation
+
+            def watch(x: Any, activation: Any = activation, seen: list[int] = seen) -> Any:
+                seen.append(blas_threads(threadpoolctl))
+                return activation(x)
+
+            backend.activation = watch
+            model.logits([1] * rows)
+            assert backend.describe() == f"numpy (at most {3 if path == wide_path else 1} threads)"
+        assert seen == [expected] * len(seen)
+        assert seen
+        assert blas_threads(threadpoolctl) == 4
 
 
 def test_tied_head_is_the_embedding(tmp_path: Path, backend: str) -> None:
