@@ -3167,6 +3167,8 @@ def import_numpy(threads: Optional[int] = None, useful: int = MAX_THREADS) -> Bl
             fixed = count if is_open and threadpoolctl is None else None
             np = numpy_with_threads(fixed)
             blas = BlasThreads(threadpoolctl, fixed)
+            if is_told and fixed is None and blas.control is None:
+                note("NumPy keeps the threads it was loaded with; threadpoolctl could limit them")
         return blas
 
 
