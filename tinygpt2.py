@@ -3654,10 +3654,7 @@ def prepare_terminal() -> None:
         encoding = None if sys.platform == "win32" else "utf-8"  # Windows knows its console's
         sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
     with contextlib.suppress(ImportError):
-        import readline  # line editing and a history
-
-        for name in ("input-meta on", "output-meta on", "convert-meta off"):
-            readline.parse_and_bind(f"set {name}")  # bytes above 127 are text, not Meta keys
+        import readline  # noqa: F401  (gives `input` line editing and a history)
 
 
 def progress_bar() -> Optional[Progress]:

@@ -26,7 +26,7 @@ from typing import Any, Literal, NoReturn, Optional, SupportsFloat, SupportsInde
 
 import numpy as np
 import pytest
-from conftest import ROOT, in_threads, run_python, slow
+from conftest import ROOT, TALES_CHECKSUM, in_threads, run_python, slow
 
 import tinygpt2
 from tinygpt2 import Model, Options, Session
