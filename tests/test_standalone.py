@@ -338,7 +338,7 @@ def test_end_tokens_and_empty_prompts(
         config |= {"bos_token_id": bos, "eos_token_ids": ends}
         header["__metadata__"]["config"] = json.dumps(config)
         path.write_bytes(pack(header if version == 2 else to_version_1(header), data))
-        for line in (prompt, ["--ids", ""], ["--ids", " ,\n"]):
+        for line in (prompt, ["--ids", ""], ["--ids", " ,\n"], ["--ids", "\ufeff9 8"]):
             for kind in ([], ["--text"]):
                 arguments = ["--model", path, *line, "--seed", "3", *kind]
                 assert command(*arguments) == python(*arguments), (version, bos, ends, line)
