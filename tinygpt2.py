@@ -1251,10 +1251,11 @@ class LazyNumPy:
 
 np: Any = LazyNumPy()
 
-# Measured with OpenBLAS on two processors. Both free: two threads are 1.8 times as fast for 48 rows
-# of 512 numbers and more, 1.0 to 1.5 times for narrower ones, and not faster for fewer rows. Both
-# shared with other programs: the threads wait for each other, and a prompt of 64 tokens takes 9 to
-# 28 times as long, whatever its width. So only work that is large enough gets several threads.
+# Measured with OpenBLAS on two processors. Where both are free, a product of 48 or more rows of 512
+# numbers is 1.8 times as fast on two threads, one of 256 numbers 1.5 times, one of 64 numbers not
+# at all; fewer rows gain nothing. Where other programs use them too, the threads wait for each
+# other: a prompt of 64 tokens took 7 to 39 times as long on two threads, at any width from 64 to
+# 768. So only large work gets several.
 WIDE = 512
 MANY_ROWS = 48  # measured: from here on copying panels together is faster
 
