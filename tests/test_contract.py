@@ -1100,8 +1100,9 @@ def test_a_wrong_variable(
     assert all(text in str(error.value) for text in texts)
     result = run_command(["--model", toy_path, "--prompt", "a"], HERE, **{name: value})
     check_error(result, 2, *texts)
-    with tinygpt2.load(toy_path, backend="numpy") as model:
-        assert model.generate("a", seed=1, max_new_tokens=2)
+    if name == "TINYGPT2_ISA":  # NumPy has no use for it
+        with tinygpt2.load(toy_path, backend="numpy") as model:
+            assert model.generate("a", seed=1, max_new_tokens=2)
 
 
 @needs_kernels
