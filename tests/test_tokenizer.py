@@ -336,9 +336,10 @@ def test_zero_bytes(tokenizer: tinygpt2.Tokenizer) -> None:
 @pytest.mark.parametrize("by", ["argument", "standard input"])
 @pytest.mark.parametrize("raw", [b"a\xffb", b"\x80", b"the\xc3", b"\xed\xa0\x80"])
 def test_bytes_that_are_not_utf8(toy: tinygpt2.Model, raw: bytes, by: str) -> None:
-    """On the command line each bad sequence becomes U+FFFD, however the text arrives."""
+    """If asked to, the command line makes U+FFFD of each, however the text arrives."""
     prompt, piped = (raw, b"") if by == "argument" else (b"-", raw)
-    result = call("score", "--json", "--model", toy.path, "--prompt", prompt, stdin=piped)
+    asked: list[Argument] = ["score", "--json", "--errors", "replace", "--model", toy.path]
+    result = call(*asked, "--prompt", prompt, stdin=piped)
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["ids"] == toy.encode(raw.decode("utf-8", "replace"))
 
@@ -349,8 +350,8 @@ def test_a_process_given_bytes_that_are_not_utf8(toy: tinygpt2.Model, by: str) -
     """Here the system hands them over, and Python makes its strings and streams of them."""
     raw = b"a\xffb \x80 the\xc3 \xed\xa0\x80"
     prompt, piped = (raw, b"") if by == "argument" else (b"-", raw)
-    asked: list[Argument] = ["score", "--json", "--model", toy.path, "--prompt", prompt]
-    result = run(*asked, stdin=piped, environ={"PYTHONUTF8": "1"})
+    asked: list[Argument] = ["score", "--json", "--errors", "replace", "--model", toy.path]
+    result = run(*asked, "--prompt", prompt, stdin=piped, environ={"PYTHONUTF8": "1"})
     assert (result.code, result.err) == (0, "")
     assert json.loads(result.out)["ids"] == toy.encode(raw.decode("utf-8", "replace"))
 
