@@ -532,7 +532,22 @@ FORMAT = "tinygpt2"
 FORMAT_VERSION = "2"  # the version that is written; version 1 is read as well
 PANEL = 16  # outputs side by side in a panel: one AVX-512 register, two of AVX2, four of NEON
 ACTIVATIONS = ("gelu_new", "gelu", "relu")  # in the order of kernels.c
-PRE_TOKENIZER = "gpt2"  # the one way of cutting text into words that section 4 implements
+PRE_TOKENIZERS = ("gpt2", "characters")  # the ways of cutting text that section 4 implements
+
+
+class AddedToken(NamedTuple):
+    """A token that is found in a text before the text is cut into words.
+
+    The names and meanings are those of the `tokenizers` library.
+    """
+
+    text: str
+    id: int
+    special: bool = True  # found only if the caller asks for special tokens
+    lstrip: bool = False  # takes the white space before it along
+    rstrip: bool = False  # and that behind it
+    single_word: bool = False  # not found inside a word
+    normalized: bool = False  # found in a second pass, in what the first one left
 
 
 class Config(NamedTuple):
@@ -553,7 +568,9 @@ class Config(NamedTuple):
     eos_token_ids: tuple[int, ...]  # the tokens that end an answer; the first is end-of-text
     n_merges: Optional[int]  # None: there is no tokenizer inside
     n_token_bytes: int
-    special_tokens: dict[str, int]
+    added_tokens: tuple[AddedToken, ...]
+    tokens_before: tuple[int, ...]  # put before every text, as the tokenizer does
+    tokens_after: tuple[int, ...]  # and behind it
     add_prefix_space: bool
     pre_tokenizer: str
     generation: dict[str, Any]  # the model's own defaults of options, by the names of `Options`
@@ -574,7 +591,8 @@ FLAGS = (
     "tie_word_embeddings",
     "add_prefix_space",
 )
-MAX_SPECIAL = 256  # characters of a special token's text, so that looking for them stays cheap
+TOKEN_LISTS = ("eos_token_ids", "tokens_before", "tokens_after")
+MAX_SPECIAL = 256  # characters of an added token's text, so that looking for them stays cheap
 
 
 def check_config(path: str, values: dict[str, Any]) -> Config:
@@ -603,22 +621,22 @@ def check_config(path: str, values: dict[str, Any]) -> Config:
     size = values["vocab_size"]
     bos, ends = values["bos_token_id"], values["eos_token_ids"]
     require("bos_token_id", bos is None or is_token(bos, size), f"a token below {size}")
-    are_ids = isinstance(ends, (list, tuple)) and all(is_token(token, size) for token in ends)
-    are_unique = are_ids and len(set(ends)) == len(ends)
+    are_unique = are_tokens(ends, size) and len(set(ends)) == len(ends)
     require("eos_token_ids", are_unique, f"a list of tokens below {size}, none twice")
-    require(
-        "special_tokens",
-        are_special_tokens(values["special_tokens"], size),
-        f"texts of 1 to {MAX_SPECIAL} characters with tokens below {size}",
-    )
+    for name in ("tokens_before", "tokens_after"):
+        ids = values[name]
+        require(name, are_tokens(ids, size), f"a list of tokens below {size}")
+        require(name, len(ids) <= values["n_positions"], "at most n_positions tokens")
+    added = added_tokens_of(path, values["added_tokens"], size)
     for name in ("n_merges", "n_token_bytes"):
         absent = name == "n_merges" and values[name] is None
         require(name, absent or (is_count(values[name]) and values[name] < 1 << 31), "a count")
-    require("pre_tokenizer", values["pre_tokenizer"] == PRE_TOKENIZER, repr(PRE_TOKENIZER))
+    require("pre_tokenizer", values["pre_tokenizer"] in PRE_TOKENIZERS, f"one of {PRE_TOKENIZERS}")
     require("generation", isinstance(values["generation"], dict), "an object of options")
     for name, value in values["generation"].items():
         check_stored_option(path, name, value)
-    return Config(**{**values, "eos_token_ids": tuple(ends)})
+    lists = {name: tuple(values[name]) for name in TOKEN_LISTS}
+    return Config(**{**values, **lists, "added_tokens": added})
 
 
 STORED_OPTIONS = (
@@ -644,11 +662,35 @@ def check_stored_option(path: str, name: str, value: object) -> None:
         raise FormatError(path, "config generation", expected, str(error)) from None
 
 
-def are_special_tokens(value: object, vocab_size: int) -> bool:
-    return isinstance(value, dict) and all(
-        1 <= len(text) <= MAX_SPECIAL and is_token(token, vocab_size)
-        for text, token in value.items()
-    )
+def are_tokens(value: object, vocab_size: int) -> bool:
+    return isinstance(value, (list, tuple)) and all(is_token(token, vocab_size) for token in value)
+
+
+def added_tokens_of(path: str, value: object, vocab_size: int) -> tuple[AddedToken, ...]:
+    """The added tokens of a configuration, checked one by one and against each other."""
+    field, names = "config added_tokens", set(AddedToken._fields)
+    if not isinstance(value, (list, tuple)):
+        raise FormatError(path, field, "a list", quote(value))
+    for entry in value:
+        if not isinstance(entry, dict) or set(entry) != names or not is_added(entry, vocab_size):
+            expected = (
+                f"texts of 1 to {MAX_SPECIAL} characters with tokens below {vocab_size} and flags"
+            )
+            raise FormatError(path, field, expected, quote(entry))
+    tokens = tuple(AddedToken(**entry) for entry in value)
+    for name, values in (("text", {t.text for t in tokens}), ("id", {t.id for t in tokens})):
+        if len(values) != len(tokens):
+            raise FormatError(path, field, f"each {name} once", "one of them twice")
+    return tokens
+
+
+def is_added(entry: dict[str, Any], vocab_size: int) -> bool:
+    """Whether the values of an added token have the right types and sizes."""
+    text = entry["text"]
+    is_short = isinstance(text, str) and 1 <= len(text) <= MAX_SPECIAL
+    flags = [value for name, value in entry.items() if name not in ("text", "id")]
+    is_flagged = all(isinstance(flag, bool) for flag in flags)
+    return is_short and is_flagged and is_token(entry["id"], vocab_size)
 
 
 def as_index(value: Any) -> Optional[int]:
@@ -719,8 +761,13 @@ def vector_length(config: Config, name: str) -> int:
 
 def tg2_metadata(config: Config) -> dict[str, str]:
     """The metadata of a .tg2 file, to which `write_tensors` adds the checksums."""
-    text = json.dumps(config._asdict())
+    text = json.dumps(config_values(config))
     return {"format": FORMAT, "format_version": FORMAT_VERSION, "config": text}
+
+
+def config_values(config: Config) -> dict[str, Any]:
+    """The configuration as JSON has it, with added tokens as objects; see `check_config`."""
+    return {**config._asdict(), "added_tokens": [token._asdict() for token in config.added_tokens]}
 
 
 def read_config(file: TensorFile) -> Config:
@@ -740,12 +787,24 @@ def read_config(file: TensorFile) -> Config:
 
 
 def from_version_1(path: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Version 1 had one end token, or null, in place of a list, and no defaults of options."""
-    if "eos_token_id" not in values or "eos_token_ids" in values:
+    """Version 1 had one end token, or null, and texts of special tokens with their ids, and no
+    defaults of options."""
+    old = {"eos_token_id", "special_tokens"}
+    new = {"eos_token_ids", "added_tokens", "tokens_before", "tokens_after", "generation"}
+    if not old <= values.keys() or new & values.keys():
         raise FormatError(path, "config", "exactly the names of version 1", "others")
-    end = values["eos_token_id"]
-    rest = {name: value for name, value in values.items() if name != "eos_token_id"}
-    return {**rest, "eos_token_ids": [] if end is None else [end], "generation": {}}
+    end, special = values["eos_token_id"], values["special_tokens"]
+    if not isinstance(special, dict):
+        raise FormatError(path, "config special_tokens", "an object of token ids", quote(special))
+    rest = {name: value for name, value in values.items() if name not in old}
+    return {
+        **rest,
+        "eos_token_ids": [] if end is None else [end],
+        "added_tokens": [AddedToken(text, token)._asdict() for text, token in special.items()],
+        "tokens_before": [],
+        "tokens_after": [],
+        "generation": {},
+    }
 
 
 def check_version(file: TensorFile) -> str:
@@ -825,11 +884,28 @@ b2-b3 b9 bc-be 9f4-9f9 b72-b77 bf0-bf2 c78-c7e d58-d5e d70-d78 f2a-f33 1369-137c
 """
 NOT_WHITE_SPACE = range(0x1C, 0x20)  # white space to Python, but not to Unicode
 
+# Beside letters, these are part of a word to `single_word`: joiners, letters in circles and
+# squares, and the marks and digits that Unicode added after version 13.
+WORD_PARTS = """
+200c-200d 24b6-24e9 1f130-1f149 1f150-1f169 1f170-1f189
+897-89f 8ca-8d2 c3c cf3 ece 1715 180f 1ac1-1ace 1dfa 10d40-10d49 10d69-10d6d 10efc-10eff
+10f82-10f85 11070 11073-11074 110c2 11241 113b8-113c0 113c2 113c5 113c7-113ca 113cc-113d0 113d2
+113e1-113e2 116d0-116e3 11bf0-11bf9 11f00-11f01 11f03 11f34-11f3a 11f3e-11f42 11f50-11f5a 13440
+13447-13455 1611e-16139 16ac0-16ac9 16d70-16d79 1ccf0-1ccf9 1cf00-1cf2d 1cf30-1cf46 1e08f 1e2ae
+1e4ec-1e4f9 1e5ee-1e5ef 1e5f1-1e5fa
+"""
+WHITE_SPACE = re.compile(r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*")
 
-def code_points(ranges: str) -> Iterator[int]:
+
+def spans(ranges: str) -> Iterator[range]:
     for item in ranges.split():
         first, _, last = item.partition("-")
-        yield from range(int(first, 16), int(last or first, 16) + 1)
+        yield range(int(first, 16), int(last or first, 16) + 1)
+
+
+def code_points(ranges: str) -> Iterator[int]:
+    for span in spans(ranges):
+        yield from span
 
 
 def word_cutter() -> Callable[[str], Iterable[str]]:
@@ -899,7 +975,10 @@ class Tokenizer:
 
     def __init__(self, file: TensorFile, config: Config) -> None:
         self.n_tokens = config.vocab_size
+        self.tokens_before = config.tokens_before
+        self.tokens_after = config.tokens_after
         self.add_prefix_space = config.add_prefix_space
+        self.has_words = config.pre_tokenizer == "gpt2"  # or else characters
         self.bytes = file.view("vocab.bytes", "B")
         self.offsets = file.view("vocab.offsets", "I")
         self.byte_ids = file.view("vocab.byte_ids", "I")
@@ -908,7 +987,8 @@ class Tokenizer:
         self.results = file.view("merges.results", "I")
         self.n_merges = config.n_merges or 0
         self.check(file.path, config.n_token_bytes)
-        self.special = SpecialTokens(config.special_tokens)
+        self.added = AddedTokens(config.added_tokens)
+        self.characters: dict[bytes, int] = {}  # if there are no words: made by the first text
         self.cut: Optional[Callable[[str], Iterable[str]]] = None  # made by the first text
         self.cache: dict[str, list[int]] = {}  # the tokens of short words
         self.found: dict[int, int] = {}  # the merges of pairs
@@ -956,19 +1036,24 @@ class Tokenizer:
         """The text of tokens; what is not UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, special: bool = False, add_special_tokens: bool = True
+    ) -> list[int]:
         """The tokens of a text; special tokens are recognised in it only if `special` is set."""
         text = mend_surrogates(text)
-        if not special:
-            return self.encode_ordinary(text)
-        tokens: list[int] = []
-        for ordinary, token in self.special.split(text):
-            tokens += self.encode_ordinary(ordinary)
+        tokens = list(self.tokens_before) if add_special_tokens else []
+        for ordinary, token in self.added.split(text, special):
             if token is not None:
                 tokens.append(token)
+            elif self.has_words:
+                tokens += self.encode_words(ordinary)
+            else:
+                tokens += self.encode_characters(ordinary)
+        if add_special_tokens:
+            tokens += self.tokens_after
         return tokens
 
-    def encode_ordinary(self, text: str) -> list[int]:
+    def encode_words(self, text: str) -> list[int]:
         if self.add_prefix_space and text and not text.startswith(" "):
             text = " " + text
         if self.cut is None:
@@ -982,6 +1067,20 @@ class Tokenizer:
                     remember(self.cache, word, known)
             tokens += known
         return tokens
+
+    def encode_characters(self, text: str) -> list[int]:
+        if not self.characters:
+            ids = reversed(range(self.n_tokens))  # so that the lowest of several is kept
+            table = {self.token_bytes(token): token for token in ids}
+            self.characters = table  # in one assignment: another thread may be reading
+        return [self.character(character) for character in text]
+
+    def character(self, character: str) -> int:
+        token = self.characters.get(character.encode("utf-8"))
+        if token is None:
+            name = f"{quote(character)} (U+{ord(character):04X})"
+            raise InputError(f"text: the character {name} is not in the model's vocabulary")
+        return token
 
     def merge(self, word: bytes) -> list[int]:
         """Join neighbours, the lowest rank first and the leftmost among equals, until none is left.
@@ -1050,39 +1149,125 @@ def is_rising(numbers: memoryview, repeats: bool) -> bool:
     return True
 
 
-class SpecialTokens:
-    """Finds the texts of special tokens in a text: the leftmost first, the longest among those."""
+class AddedTokens:
+    """Finds added tokens in a text, exactly as the `tokenizers` library does."""
 
-    def __init__(self, tokens: dict[str, int]) -> None:
-        self.tokens = tokens
-        self.lengths: dict[str, list[int]] = {}  # by first character, the longest first
-        for text in sorted(tokens, key=len, reverse=True):
-            lengths = self.lengths.setdefault(text[0], [])
-            if len(text) not in lengths[-1:]:
-                lengths.append(len(text))
-        self.first = re.compile("[" + re.escape("".join(self.lengths)) + "]") if tokens else None
+    def __init__(self, tokens: Sequence[AddedToken]) -> None:
+        self.all_special = all(token.special for token in tokens)
+        first = [token for token in tokens if not token.normalized]
+        second = [token for token in tokens if token.normalized]
+        self.passes = [AddedTokenPass(part) for part in (first, second) if part]
 
-    def split(self, text: str) -> Iterator[tuple[str, Optional[int]]]:
-        """Pairs of ordinary text and the special token behind it; None behind the last."""
-        start = place = 0
-        while self.first:
-            candidate = self.first.search(text, place)
-            if candidate is None:
-                break
+    def split(self, text: str, special: bool) -> Iterable[tuple[str, Optional[int]]]:
+        """The text in pieces: each is ordinary text with None, or a token's text with its id."""
+        pieces: Iterable[tuple[str, Optional[int]]] = [(text, None)]
+        if special or not self.all_special:
+            for one_pass in self.passes:
+                pieces = one_pass.split_each(pieces, special)
+        return pieces
+
+
+class AddedTokenPass:
+    """The added tokens that are looked for together: leftmost first, then the longest."""
+
+    def __init__(self, tokens: Sequence[AddedToken]) -> None:
+        self.tokens = sorted(tokens)  # by text
+        self.texts = [token.text for token in self.tokens]
+        self.shorter = longest_prefixes(self.texts)
+        starts = {text[0] for text in self.texts}
+        self.start = re.compile("[" + re.escape("".join(starts)) + "]")
+
+    def split_each(
+        self, pieces: Iterable[tuple[str, Optional[int]]], special: bool
+    ) -> Iterator[tuple[str, Optional[int]]]:
+        """Split the pieces that are ordinary text."""
+        for text, token in pieces:
+            if token is None:
+                yield from self.split(text, special)
+            else:
+                yield text, token
+
+    def split(self, text: str, special: bool) -> Iterator[tuple[str, Optional[int]]]:
+        done = 0  # where the piece that comes next begins
+        for start, token in self.matches(text):
+            stop = start + len(token.text)
+            if token.special and not special:
+                continue
+            if token.single_word and not is_single_word(text, start, stop):
+                continue
+            if token.lstrip:
+                start = max(done, start_of_space(text, start, done))
+            if token.rstrip:
+                stop = end_of_space(text, stop)
+            if done < start:
+                yield text[done:start], None
+            if start < stop:
+                yield text[start:stop], token.id
+            done = stop
+        if done < len(text):
+            yield text[done:], None
+
+    def matches(self, text: str) -> Iterator[tuple[int, AddedToken]]:
+        """Where tokens stand, without overlap. One that is not wanted hides others all the same."""
+        place = 0
+        while (candidate := self.start.search(text, place)) is not None:
             place = candidate.start()
-            length = self.match(text, place)
-            if length:
-                yield text[start:place], self.tokens[text[place : place + length]]
-                start = place + length
-            place += length or 1
-        yield text[start:], None
+            index = self.longest(text, place)
+            if index < 0:
+                place += 1
+            else:
+                yield place, self.tokens[index]
+                place += len(self.texts[index])
 
-    def match(self, text: str, place: int) -> int:
-        """The length of the special token that stands at `place`, or 0."""
-        for length in self.lengths[text[place]]:
-            if text[place : place + length] in self.tokens:
-                return length
-        return 0
+    def longest(self, text: str, place: int) -> int:
+        """The index of the longest token that stands at `place`, or -1.
+
+        The last text that is not behind this one in the alphabet begins with every token that
+        stands here.
+        """
+        index = bisect.bisect_right(self.texts, text[place : place + MAX_SPECIAL]) - 1
+        while index >= 0 and not text.startswith(self.texts[index], place):
+            index = self.shorter[index]
+        return index
+
+
+def longest_prefixes(texts: Sequence[str]) -> list[int]:
+    """For each of the sorted texts, the index of the longest other one it begins with, or -1."""
+    prefixes: list[int] = []
+    open_ones: list[int] = []  # each begins with the one before
+    for index, text in enumerate(texts):
+        while open_ones and not text.startswith(texts[open_ones[-1]]):
+            open_ones.pop()
+        prefixes.append(open_ones[-1] if open_ones else -1)
+        open_ones.append(index)
+    return prefixes
+
+
+def start_of_space(text: str, stop: int, low: int) -> int:
+    """Where the white space before `stop` begins, but not before `low`."""
+    while stop > low and WHITE_SPACE.fullmatch(text, stop - 1, stop):
+        stop -= 1
+    return stop
+
+
+def end_of_space(text: str, start: int) -> int:
+    found = WHITE_SPACE.match(text, start)
+    return found.end() if found else start
+
+
+def is_single_word(text: str, start: int, stop: int) -> bool:
+    """Whether no word goes on before `start` or behind `stop`."""
+    return not (is_word_part(text[start - 1 : start]) or is_word_part(text[stop : stop + 1]))
+
+
+def is_word_part(character: str) -> bool:
+    """Whether a character is a part of words (`\\w` in Unicode's sense, which is not Python's)."""
+    if character == "" or character.isascii():
+        return character.isalnum() or character == "_"
+    category = importlib.import_module("unicodedata").category(character)
+    if category[0] in "LM" or category in ("Nd", "Nl", "Pc"):
+        return True
+    return any(ord(character) in span for span in spans(WORD_PARTS + NEW_LETTERS))
 
 
 class TextOutput:
@@ -1808,14 +1993,16 @@ class GenerateMethods:
     """The methods that `Model` and `Session` share: every way to get an answer.
 
     A model answers each prompt in a session of its own. A session appends the prompt to its text,
-    and then the answer. `Options` explains the options; None stands for an option's default. Wrong
-    arguments are an `InputError` when the method is called, also where an iterator is returned. (A
-    logit_bias that forbids every token is only noticed when a token is chosen.)
+    and then the answer. In a prompt of text, special tokens count as such only if `special` is set.
+    `Options` explains the other options; None stands for an option's default. Wrong arguments are
+    an `InputError` when the method is called, also where an iterator is returned. (A logit_bias
+    that forbids every token is only noticed when a token is chosen.)
     """
 
     def start(
         self,
         prompt: Prompt,
+        special: bool,
         options: Sequence[Any],
         unknown: dict[str, NoReturn],
         as_text: bool = False,
@@ -1823,10 +2010,15 @@ class GenerateMethods:
     ) -> Answer:
         """Check the arguments and begin an answer. `options` are in the order of `Options`."""
         values = {**dict(zip(Options._fields, options)), **unknown}
-        return self.begin(prompt, values, as_text, logprobs)
+        return self.begin(prompt, special, values, as_text, logprobs)
 
     def begin(
-        self, prompt: Prompt, values: dict[str, Any], as_text: bool, logprobs: bool
+        self,
+        prompt: Prompt,
+        special: bool,
+        values: dict[str, Any],
+        as_text: bool,
+        logprobs: bool,
     ) -> Answer:
         """An answer to `prompt`. `as_text`: its text is needed. `logprobs`: record them."""
         raise NotImplementedError
@@ -1844,11 +2036,13 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        special: bool = False,
         **unknown: NoReturn,
     ) -> str:
         """The text that follows `prompt` (text or token ids), without it."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        return "".join(self.start(prompt, (*options, stop, logit_bias), unknown, as_text=True))
+        choices = (*options, stop, logit_bias)
+        return "".join(self.start(prompt, special, choices, unknown, as_text=True))
 
     def stream(
         self,
@@ -1863,11 +2057,12 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        special: bool = False,
         **unknown: NoReturn,
     ) -> Answer:
         """The same piece by piece. No piece ends inside a character or inside a stop text."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        return self.start(prompt, (*options, stop, logit_bias), unknown, as_text=True)
+        return self.start(prompt, special, (*options, stop, logit_bias), unknown, as_text=True)
 
     def complete(
         self,
@@ -1882,11 +2077,12 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        special: bool = False,
         **unknown: NoReturn,
     ) -> Result:
         """The answer with what is known of it. Without a tokenizer its text is None."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        answer = self.start(prompt, (*options, stop, logit_bias), unknown, logprobs=True)
+        answer = self.start(prompt, special, (*options, stop, logit_bias), unknown, logprobs=True)
         return answer.result()
 
     def generate_ids(
@@ -1902,11 +2098,12 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        special: bool = False,
         **unknown: NoReturn,
     ) -> list[int]:
         """The token ids that follow `prompt`, those of a stop text included."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        answer = self.start(prompt, (*options, stop, logit_bias), unknown)
+        answer = self.start(prompt, special, (*options, stop, logit_bias), unknown)
         return list(answer.each_id())
 
     def stream_ids(
@@ -1922,11 +2119,12 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        special: bool = False,
         **unknown: NoReturn,
     ) -> Iterator[int]:
         """The same ids one by one."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        answer = self.start(prompt, (*options, stop, logit_bias), unknown)
+        answer = self.start(prompt, special, (*options, stop, logit_bias), unknown)
         return answer.each_id()
 
 
@@ -2238,9 +2436,13 @@ class Session(GenerateMethods):
             row: FloatArray = rows[0]
             return row
 
-    def feed(self, prompt: Prompt) -> None:
-        """Append text or token ids and compute them."""
-        tokens = self.model.tokens_of(prompt)
+    def feed(self, prompt: Prompt, special: bool = False) -> None:
+        """Append text or token ids and compute them.
+
+        The first text gets the tokens that the tokenizer puts before and behind it. Special tokens
+        are recognised in a text only if `special` is set.
+        """
+        tokens = self.model.tokens_of(prompt, special, not self._tokens)
         with Turn(self):
             self._append(tokens)
             if tokens:
@@ -2280,9 +2482,15 @@ class Session(GenerateMethods):
         self.close()
 
     def begin(
-        self, prompt: Prompt, values: dict[str, Any], as_text: bool, logprobs: bool
+        self,
+        prompt: Prompt,
+        special: bool,
+        values: dict[str, Any],
+        as_text: bool,
+        logprobs: bool,
     ) -> Answer:
-        return self._begin(self.model.tokens_of(prompt), values, as_text, logprobs, False)
+        tokens = self.model.tokens_of(prompt, special, not self._tokens)
+        return self._begin(tokens, values, as_text, logprobs, False)
 
     def _begin(
         self, tokens: list[int], values: dict[str, Any], as_text: bool, logprobs: bool, own: bool
@@ -2292,11 +2500,10 @@ class Session(GenerateMethods):
         if as_text or options.stop:
             self.model.need_tokenizer()
         with Turn(self):
-            n_prompt = max(1, len(self) + len(tokens))  # an empty one gets a start token
-            options = within_max_length(options, values, config, n_prompt)
+            if not tokens and not self._tokens:
+                tokens = self.model.need_start_tokens()
+            options = within_max_length(options, values, config, len(self) + len(tokens))
             self._append(tokens)
-            if not self._tokens:
-                self._append([self.model.need_start_token()])
             sampler = Sampler(options, self._tokens)
             self._change += 1  # a stream that is open elsewhere ends here
             self.seed, self.finish_reason = sampler.seed, None
@@ -2431,14 +2638,19 @@ class Model(GenerateMethods):
         return self.__copy__()
 
     @property
-    def start_token(self) -> Optional[int]:
-        """The token that precedes a text: end-of-text, or begin-of-text if there is none."""
+    def start_tokens(self) -> list[int]:
+        """What precedes a text: the tokens that the tokenizer puts there, or else begin-of-text,
+        or else end-of-text, or nothing."""
         config = self.config
-        return config.eos_token_ids[0] if config.eos_token_ids else config.bos_token_id
+        if config.tokens_before:
+            return list(config.tokens_before)
+        if config.bos_token_id is not None:
+            return [config.bos_token_id]
+        return list(config.eos_token_ids[:1])
 
-    def need_start_token(self) -> int:
-        start = self.start_token
-        if start is None:
+    def need_start_tokens(self) -> list[int]:
+        start = self.start_tokens
+        if not start:
             raise InputError("prompt: it is empty, and the model has no end-of-text to start from")
         return start
 
@@ -2472,19 +2684,27 @@ class Model(GenerateMethods):
             raise InputError(f"{path}: no tokenizer inside; use token ids (generate_ids, --ids)")
         return tokenizer
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """The token ids of a text; texts of special tokens count as such only if `special`."""
+    def encode(
+        self, text: str, special: bool = False, add_special_tokens: bool = True
+    ) -> list[int]:
+        """The token ids of a text.
+
+        Added tokens are found in it; special ones only if `special` is set. `add_special_tokens`
+        puts those before and behind the text that the model's tokenizer puts there; most have none.
+        """
         if not isinstance(text, str):
             raise InputError(f"text: expected a string, found {quote(text)}")
-        return self.need_tokenizer().encode(text, special)
+        return self.need_tokenizer().encode(text, special, add_special_tokens)
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return self.need_tokenizer().decode(self.check_ids(ids))
 
-    def tokens_of(self, prompt: Prompt) -> list[int]:
-        """Text or ids as ids."""
-        return self.encode(prompt) if isinstance(prompt, str) else self.check_ids(prompt)
+    def tokens_of(self, prompt: Prompt, special: bool, add_special_tokens: bool) -> list[int]:
+        """Text or ids as ids. The other arguments are for text; see `encode`."""
+        if isinstance(prompt, str):
+            return self.encode(prompt, special, add_special_tokens)
+        return self.check_ids(prompt)
 
     def check_ids(self, ids: Iterable[SupportsIndex]) -> list[int]:
         """Ids as a list of int (NumPy's integers are welcome), each in the vocabulary."""
@@ -2511,14 +2731,20 @@ class Model(GenerateMethods):
         return Session(self)
 
     def begin(
-        self, prompt: Prompt, values: dict[str, Any], as_text: bool, logprobs: bool
+        self,
+        prompt: Prompt,
+        special: bool,
+        values: dict[str, Any],
+        as_text: bool,
+        logprobs: bool,
     ) -> Answer:
         session = self.session()
-        return session._begin(self.tokens_of(prompt), values, as_text, logprobs, True)
+        tokens = self.tokens_of(prompt, special, True)
+        return session._begin(tokens, values, as_text, logprobs, True)
 
-    def logits(self, prompt: Prompt) -> FloatArray:
-        """The logits after every token, float32 [number of tokens, vocab_size]."""
-        tokens = self.tokens_of(prompt)
+    def logits(self, prompt: Prompt, special: bool = False) -> FloatArray:
+        """The logits after every token of a prompt, float32 [number of tokens, vocab_size]."""
+        tokens = self.tokens_of(prompt, special, True)
         with self.session() as session, self.workspace() as workspace:
             session._append(tokens)
             logits: FloatArray = np.empty((len(tokens), self.config.vocab_size), np.float32)
@@ -2528,24 +2754,26 @@ class Model(GenerateMethods):
                 logits[start : start + len(part)] = part
         return logits
 
-    def score(self, prompt: Prompt, progress: Optional[Progress] = None) -> Score:
+    def score(
+        self, prompt: Prompt, progress: Optional[Progress] = None, special: bool = False
+    ) -> Score:
         """The log-probability of every token of a text of any length.
 
-        The text follows end-of-text, as documents do in training; without such a token its first
-        token has no score. A text longer than the context is read in windows that overlap by half,
-        and every token is scored once, with at least half a context before it. Beside the
-        ids and their scores, memory does not grow with the text.
+        The text follows the model's `start_tokens`, as documents do in training; without them its
+        first token has no score. A text longer than the context is read in windows that overlap by
+        half, and every token is scored once, with at least half a context before it. Beside the ids
+        and their scores, memory does not grow with the text.
         """
         tokenizer = self.tokenizer  # another thread may close the model at any time
-        ids = self.tokens_of(prompt)
+        ids = self.tokens_of(prompt, special, False)
         n_bytes = None if tokenizer is None else byte_count(tokenizer, prompt, ids)
-        start = self.start_token
-        tokens = ids if start is None else [start, *ids]
-        logprobs: list[Optional[float]] = [None] * min(1, len(ids)) if start is None else []
+        start = self.start_tokens
+        tokens = [*start, *ids]
+        logprobs: list[Optional[float]] = [] if start else [None] * min(1, len(ids))
         positions = self.config.n_positions
-        scored = 1  # how many of `tokens` are done
+        scored = first = len(start) or 1  # how many of `tokens` are done
         while scored < len(tokens):
-            begin = 0 if scored == 1 else max(0, scored - max(1, positions // 2))
+            begin = 0 if scored == first else max(0, scored - max(1, positions // 2))
             end = min(len(tokens), begin + positions + 1)
             logprobs += self._window_logprobs(tokens[begin:end], scored - begin)
             scored = end
@@ -2663,9 +2891,14 @@ def load_companion(name: str) -> ModuleType:
     return COMPANIONS[name]
 
 
-def convert(source: Path, out: Path, progress: Optional[Progress] = None) -> None:
+def convert(
+    source: Path,
+    out: Path,
+    progress: Optional[Progress] = None,
+    tokenizer: Optional[Path] = None,
+) -> None:
     """Convert a GPT-2 checkpoint to a .tg2 file; see vendor/convert.py, which does it."""
-    load_companion("convert").convert(source, out, progress)
+    load_companion("convert").convert(source, out, progress, tokenizer)
 
 
 def download(
@@ -3367,6 +3600,8 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ids", metavar="IDS", help=text)
     text = "bytes that are no text: an error (strict, the default), or read as U+FFFD (replace)"
     parser.add_argument("--errors", choices=("strict", "replace"), help=text)
+    text = "recognise special tokens such as <|endoftext|> in the text of prompts"
+    parser.add_argument("--special", action="store_true", help=text)
 
 
 CHOICE_OPTIONS = {  # by their names in `Options`
@@ -3436,6 +3671,8 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=text)
     text = "the .tg2 file to write"
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help=text)
+    text = "the tokenizer: a folder, a tokenizer.json, a list of characters in JSON, or gpt2"
+    parser.add_argument("--tokenizer", default=None, metavar="PATH", help=text)
 
 
 def add_download_options(parser: argparse.ArgumentParser) -> None:
@@ -3555,7 +3792,7 @@ def run_generate(options: argparse.Namespace) -> None:
     with load_model(options) as model:
         if prompt is None:
             check_options(choices, model.config)
-            interact(model, choices, options.errors)
+            interact(model, choices, options.special, options.errors)
         else:
             print_answer(model, prompt, choices, options)
 
@@ -3565,7 +3802,7 @@ def print_answer(
 ) -> None:
     """Print the answer as it comes, or as JSON at its end; then notes on standard error."""
     as_text = options.ids is None or options.text
-    answer = model.begin(prompt, choices, as_text, False)
+    answer = model.begin(prompt, options.special, choices, as_text, False)
     n_prompt = len(answer.session)
     times = [time.perf_counter()]
     pieces: list[str] = []
@@ -3624,7 +3861,7 @@ def peak_memory() -> Optional[float]:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def interact(model: Model, choices: dict[str, Any], errors: str) -> None:
+def interact(model: Model, choices: dict[str, Any], special: bool, errors: str) -> None:
     """Ask for prompts at the terminal until Ctrl-D. An empty line continues the last answer."""
     prepare_terminal()
     print(f"tinygpt2 {__version__}: Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
@@ -3635,7 +3872,7 @@ def interact(model: Model, choices: dict[str, Any], errors: str) -> None:
             if prompt:
                 session.close()
                 session = model.session()
-            for piece in session.begin(prompt, choices, True, False):
+            for piece in session.begin(prompt, special, choices, True, False):
                 print(piece, end="", flush=True)
             print()
             if session.finish_reason == "context":
@@ -3677,7 +3914,7 @@ def progress_bar() -> Optional[Progress]:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    convert(options.source, options.out, progress_bar())
+    convert(options.source, options.out, progress_bar(), options.tokenizer)
 
 
 def run_download(options: argparse.Namespace) -> None:
@@ -3690,7 +3927,7 @@ def run_score(options: argparse.Namespace) -> None:
     if prompt is None:
         raise InputError("no text: pass --prompt TEXT, or --prompt - to read standard input")
     with load_model(options) as model:
-        score = model.score(prompt, progress_bar())
+        score = model.score(prompt, progress_bar(), options.special)
     values: dict[str, Any] = {
         "tokens": len(score.ids),
         "logprob": score.total,
@@ -3788,7 +4025,7 @@ def file_facts(file: TensorFile, config: Config) -> list[tuple[str, str]]:
         ("crc32", file.metadata.get("crc32", "none")),
         ("weights", f"{sum(math.prod(t.shape) for t in weights):,} float32, padding included"),
     ]
-    return facts + [(name, str(value)) for name, value in config._asdict().items()]
+    return facts + [(name, str(value)) for name, value in config_values(config).items()]
 
 
 def tensor_facts(file: TensorFile) -> list[tuple[str, ...]]:
@@ -3804,9 +4041,13 @@ def verify(file: TensorFile, config: Config) -> None:
     expected, found = file.metadata.get("crc32", "none"), file.checksum()
     if found != expected:
         raise FormatError(file.path, "data", f"the CRC-32 {quote(expected)}", found)
+    verify_vocabulary(file, config)
+    print("verified: the checksum and the vocabulary are right", file=sys.stderr)
+
+
+def verify_vocabulary(file: TensorFile, config: Config) -> None:
     if config.n_merges is not None:
         Tokenizer(file, config).verify(file.path)
-    print("verified: the checksum and the vocabulary are right", file=sys.stderr)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

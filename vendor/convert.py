@@ -40,19 +40,29 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]  # label, bytes done, bytes in all
 
 
-def convert(source: Path, out: Path, progress: Progress | None = None) -> None:
+def convert(
+    source: Path,
+    out: Path,
+    progress: Progress | None = None,
+    tokenizer: Path | None = None,
+) -> None:
     """Convert a GPT-2 checkpoint to a .tg2 file.
 
     `source` is a folder as transformers writes it (config.json, model.safetensors or shards with
     an index, vocab.json with merges.txt or tokenizer.json), or a .safetensors file beside its
-    config.json. Memory use stays small, because tensors are converted in slabs. `out` is replaced
-    only when the new file is complete. Raises `FormatError`, which names what is missing,
-    misshapen or not supported.
+    config.json. `tokenizer` names another tokenizer than the one that is there: a folder, a
+    tokenizer.json, or a character list in JSON. Memory use stays small, because tensors are
+    converted in slabs. `out` is replaced only when the new file is complete. Raises `FormatError`,
+    which names what is missing, misshapen or not supported.
     """
     folder, files = find_checkpoint(tinygpt2.path_text(source, "source"))
     target = tinygpt2.path_text(out, "out")
-    vocabulary = read_vocabulary(folder)
-    config = checkpoint_config(folder, vocabulary)
+    chosen = None if tokenizer is None else tinygpt2.path_text(tokenizer, "tokenizer")
+    vocabulary = find_vocabulary(folder, chosen)
+    config = checkpoint_config(folder)
+    if vocabulary:
+        vocabulary = fit_vocabulary(vocabulary, config.vocab_size)
+        config = with_vocabulary(config, vocabulary)
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(contextlib.closing(tinygpt2.TensorFile(f))) for f in files]
         write_model(target, files[0], config, read_tensors(opened), vocabulary, progress)
@@ -76,7 +86,12 @@ def write_tg2(
 ) -> None:
     """Write a .tg2 file of format version 2. `data` yields the tensors in the layout's order."""
     entries, metadata = tinygpt2.layout(config), tinygpt2.tg2_metadata(config)
-    tinygpt2.write_tensors(path, entries, data, metadata, tinygpt2.read_config, progress)
+    tinygpt2.write_tensors(path, entries, data, metadata, check_written, progress)
+
+
+def check_written(file: tinygpt2.TensorFile) -> None:
+    """What `info --verify` checks, beside the checksum, which the writer compares itself."""
+    tinygpt2.verify_vocabulary(file, tinygpt2.read_config(file))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -217,16 +232,20 @@ def read_json(path: str) -> dict[str, Any]:
         return tinygpt2.parse_json_object(path, "content", file[:])
 
 
-def checkpoint_config(folder: str, vocabulary: Vocabulary | None) -> tinygpt2.Config:
+def checkpoint_config(folder: str) -> tinygpt2.Config:
     """The configuration that transformers reads from a folder; other architectures are refused."""
     path = os.path.join(folder, "config.json")
     content = read_json(path)
     refuse_other_architectures(path, content)
     values = model_values(path, content)
     values.update(generation_values(folder, content, values["vocab_size"]))
-    values.update(vocabulary_config(vocabulary))
-    refuse_small_vocabulary(path, values["vocab_size"], vocabulary)
+    values.update(vocabulary_config(None))
     return tinygpt2.check_config(path, values)
+
+
+def with_vocabulary(config: tinygpt2.Config, vocabulary: Vocabulary) -> tinygpt2.Config:
+    values = {**config._asdict(), **vocabulary_config(vocabulary)}
+    return tinygpt2.check_config(vocabulary.path, values)
 
 
 def refuse_other_architectures(path: str, content: dict[str, Any]) -> None:
@@ -329,32 +348,6 @@ def refuse_invalid_settings(path: str, settings: dict[str, Any]) -> None:
     if others:
         names = ", ".join(others)
         tinygpt2.note(f"{path}: {names}: generation here does not have these settings")
-
-
-def vocabulary_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
-    """The part of the configuration that describes the tokenizer."""
-    return {
-        "n_merges": len(vocabulary.merges) if vocabulary else None,
-        "n_token_bytes": sum(map(len, vocabulary.tokens.values())) if vocabulary else 0,
-        "special_tokens": vocabulary.special if vocabulary else {},
-        "add_prefix_space": vocabulary.add_prefix_space if vocabulary else False,
-        "pre_tokenizer": tinygpt2.PRE_TOKENIZER,
-    }
-
-
-def is_beyond(token: object, vocab_size: object) -> bool:
-    """Whether both are counts, and the token is not in a vocabulary of that size."""
-    both = tinygpt2.is_count(token) and tinygpt2.is_count(vocab_size)
-    return both and token >= vocab_size  # type: ignore[operator]
-
-
-def refuse_small_vocabulary(path: str, vocab_size: object, vocabulary: Vocabulary | None) -> None:
-    """Refuse a tokenizer with a token that the model has no embedding for."""
-    last = max(vocabulary.tokens, default=0) if vocabulary else 0
-    if vocabulary and vocab_size != 0 and is_beyond(last, vocab_size):
-        expected = f"at least {last + 1}, because the tokenizer has a token {last}"
-        advice = "the tokenizer and config.json do not belong together"
-        raise tinygpt2.FormatError(path, "vocab_size", expected, str(vocab_size), advice)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -638,14 +631,38 @@ def row_slabs(dtype: str, matrix: Array, width: int) -> Iterator[bytes]:
 # 3. Tokenizer
 # ------------------------------------------------------------------------------------------------
 
-END_OF_TEXT = "<|endoftext|>"
+# The ids are those that transformers 5 gives. Its tokenizer of GPT-2 takes the vocabulary and the
+# merges from the files, and builds everything else itself. Its general class, TokenizersBackend,
+# takes everything from tokenizer.json. Both then add tokens that other files name, in order: the
+# ids in those files do not count.
+
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "added_tokens.json",
 )
+GPT2_CLASS, GENERAL_CLASS = "GPT2Tokenizer", "TokenizersBackend"
+OTHER_CLASSES = {  # other names, without "Fast", that transformers takes for one of these
+    "PreTrainedTokenizer": GENERAL_CLASS,
+    "PythonBackend": GENERAL_CLASS,
+    "BloomTokenizer": GENERAL_CLASS,
+    "LlamaTokenizer": GENERAL_CLASS,  # if tokenizer.json is byte-level; others are refused
+}
+NAMED = (  # in the order in which transformers adds them
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+END_OF_TEXT = "<|endoftext|>"
+GPT2_NAMED = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+BYTE_LEVEL = {"type": "ByteLevel"}
 
 Merges = dict[tuple[int, int], tuple[int, int]]  # (left, right) -> (rank, result)
 
@@ -653,10 +670,33 @@ Merges = dict[tuple[int, int], tuple[int, int]]  # (left, right) -> (rank, resul
 class Vocabulary(NamedTuple):
     """A tokenizer as it is in its files."""
 
+    path: str  # for messages
     tokens: dict[int, bytes]
+    byte_ids: dict[int, int]  # the tokens of single bytes
     merges: Merges
-    special: dict[str, int]
-    add_prefix_space: bool
+    added: tuple[tinygpt2.AddedToken, ...] = ()
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    add_prefix_space: bool = False
+    pre_tokenizer: str = "gpt2"
+
+
+def vocabulary_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """The part of the configuration that describes the tokenizer."""
+    if vocabulary is None:
+        vocabulary = Vocabulary("", {}, {}, {})
+        n_merges = None
+    else:
+        n_merges = len(vocabulary.merges)
+    return {
+        "n_merges": n_merges,
+        "n_token_bytes": sum(map(len, vocabulary.tokens.values())),
+        "added_tokens": [token._asdict() for token in vocabulary.added],
+        "tokens_before": vocabulary.before,
+        "tokens_after": vocabulary.after,
+        "add_prefix_space": vocabulary.add_prefix_space,
+        "pre_tokenizer": vocabulary.pre_tokenizer,
+    }
 
 
 def vocabulary_tables(config: tinygpt2.Config, vocabulary: Vocabulary) -> Iterator[bytes]:
@@ -665,9 +705,7 @@ def vocabulary_tables(config: tinygpt2.Config, vocabulary: Vocabulary) -> Iterat
     offsets = [0]
     for word in words:
         offsets.append(offsets[-1] + len(word))
-    # In descending order of ids, so that the lowest of several tokens of one byte is kept.
-    byte_ids = {word: token for token, word in reversed(list(enumerate(words))) if len(word) == 1}
-    alphabet = [byte_ids.get(bytes([byte]), tinygpt2.NO_TOKEN) for byte in range(256)]
+    alphabet = [vocabulary.byte_ids.get(byte, tinygpt2.NO_TOKEN) for byte in range(256)]
     merges = sorted(vocabulary.merges.items())
     tables = {
         "vocab.bytes": b"".join(words),
@@ -682,17 +720,114 @@ def vocabulary_tables(config: tinygpt2.Config, vocabulary: Vocabulary) -> Iterat
         yield table.ljust(tinygpt2.byte_size(*places[name]), b"\0")
 
 
+def fit_vocabulary(vocabulary: Vocabulary, vocab_size: int) -> Vocabulary:
+    """The vocabulary without added tokens that the model has no embedding for."""
+    path, lost = vocabulary.path, [t for t in vocabulary.tokens if t >= vocab_size]
+    if not lost:
+        return vocabulary
+    advice = "the tokenizer and the weights do not belong together"
+    limit = f"tokens below {vocab_size}, the rows of the embedding"
+    needed = {token for pair, (_, result) in vocabulary.merges.items() for token in (*pair, result)}
+    added = {token.id: token.text for token in vocabulary.added}
+    for token in lost:
+        if token not in added or token in needed or token in vocabulary.byte_ids.values():
+            raise tinygpt2.FormatError(path, "vocabulary", limit, str(token), advice)
+    for token in (*vocabulary.before, *vocabulary.after):
+        if token >= vocab_size:
+            field = "tokens around every text"
+            raise tinygpt2.FormatError(path, field, limit, str(token), advice)
+    texts = ", ".join(tinygpt2.quote(added[token]) for token in sorted(lost)[:5])
+    texts += ", ..." if len(lost) > 5 else ""
+    tinygpt2.note(
+        f"{tinygpt2.show_path(path)}: dropped {len(lost)} added tokens ({texts}): "
+        f"the model has embeddings for {vocab_size} tokens only"
+    )
+    kept = {token: text for token, text in vocabulary.tokens.items() if token < vocab_size}
+    remaining = tuple(token for token in vocabulary.added if token.id < vocab_size)
+    return vocabulary._replace(tokens=kept, added=remaining)
+
+
+# Where a tokenizer comes from
+
+
+def find_vocabulary(folder: str, tokenizer: str | None) -> Vocabulary | None:
+    """The tokenizer that the caller names, or else that of the checkpoint's folder."""
+    if tokenizer is not None:
+        return chosen_vocabulary(tokenizer)
+    vocabulary = read_vocabulary(folder)
+    if vocabulary is None:
+        tinygpt2.note(
+            f"{tinygpt2.show_path(folder)}: no tokenizer there; the model will take token ids only "
+            "(--tokenizer names a folder with one)"
+        )
+    return vocabulary
+
+
+def chosen_vocabulary(path: str) -> Vocabulary:
+    """The tokenizer in a folder or file, or that of a model on the hub."""
+    if os.path.isfile(path):
+        return read_vocabulary_file(path)
+    folder = path if os.path.isdir(path) else fetch_tokenizer(path)
+    vocabulary = read_vocabulary(folder)
+    if vocabulary is None:
+        expected = "tokenizer.json, or vocab.json with merges.txt"
+        raise tinygpt2.FormatError(folder, "tokenizer", expected, "none", "name another folder")
+    return vocabulary
+
+
+def fetch_tokenizer(name: str) -> str:
+    """The folder with the tokenizer of a model on the hub."""
+    expected, advice = "a folder or file", "check the path, or name a folder with a tokenizer"
+    raise tinygpt2.MissingFileError(name, "tokenizer", expected, "nothing there", advice)
+
+
+def read_vocabulary_file(path: str) -> Vocabulary:
+    """A tokenizer.json alone, or the character list of nanoGPT, minGPT or makemore in JSON."""
+    refuse_pickle(path)
+    data = read_json(path)
+    if isinstance(data.get("model"), dict):
+        return build_vocabulary(path, data, added_in(path, data), {})
+    return character_vocabulary(path, data)
+
+
+def refuse_pickle(path: str) -> None:
+    with contextlib.closing(tinygpt2.map_file(path)) as file:
+        is_pickle = file[:1] == b"\x80"
+    if is_pickle:
+        code = (
+            "import json, pickle; json.dump({'stoi': pickle.load(open('meta.pkl', 'rb'))['stoi']}, "
+            "open('meta.json', 'w'))"
+        )
+        advice = f'a pickle can run any code, so write it as JSON yourself: python -c "{code}"'
+        raise tinygpt2.FormatError(path, "tokenizer", "JSON", "a pickle", advice)
+
+
 def read_vocabulary(folder: str) -> Vocabulary | None:
-    """The byte-level BPE in a checkpoint's folder, or None if there is no tokenizer at all."""
-    tokenizer, vocab, merges = (
+    """The tokenizer that transformers reads from a folder, or None if there is none at all."""
+    path, vocab, merges = (
         os.path.join(folder, name) for name in ("tokenizer.json", "vocab.json", "merges.txt")
     )
-    if os.path.exists(tokenizer):
-        return read_tokenizer_json(tokenizer)
-    if os.path.exists(vocab) and os.path.exists(merges):
-        return read_vocabulary_files(folder, vocab, merges)
-    refuse_other_tokenizers(folder)
-    return None
+    has_json = os.path.exists(path)
+    if not has_json and not (os.path.exists(vocab) and os.path.exists(merges)):
+        refuse_other_tokenizers(folder)
+        return None
+    options_path = os.path.join(folder, "tokenizer_config.json")
+    options = optional_json(options_path)
+    kind = tokenizer_class(folder, options_path, options, has_json)
+    if has_json:
+        data = read_json(path)
+    else:
+        path, data = vocab, gpt2_data(read_json(vocab), merge_lines(merges))
+    added = added_in(path, data) if kind == GENERAL_CLASS else []
+    named, more = tokens_to_add(folder, options_path, options, path, data, kind, added)
+    if kind == GPT2_CLASS:
+        model = byte_level_model(path, data)
+        rebuilt = gpt2_data(model["vocab"], model["merges"], options.get("add_prefix_space"))
+        rebuilt["post_processor"] = data.get("post_processor")
+        if not has_json:
+            rebuilt["post_processor"] = ends_template(options, named)
+        data = rebuilt
+    return build_vocabulary(path, data, [*added, *more], named)
 
 
 def refuse_other_tokenizers(folder: str) -> None:
@@ -705,53 +840,36 @@ def refuse_other_tokenizers(folder: str) -> None:
             raise tinygpt2.FormatError(path, "tokenizer", expected, f"only {name}", advice)
 
 
-def read_vocabulary_files(folder: str, vocab: str, merges: str) -> Vocabulary:
-    """The files of GPT-2's own release and of transformers' slow tokenizers."""
-    ids = checked_ids(vocab, read_json(vocab))
-    ranks = number_merges(merges, ids, merge_lines(merges))
-    path = os.path.join(folder, "tokenizer_config.json")
-    options = optional_json(path)
-    kind = options.get("tokenizer_class", "GPT2Tokenizer")
-    if kind not in ("GPT2Tokenizer", "GPT2TokenizerFast"):
-        found = tinygpt2.quote(kind)
-        raise tinygpt2.FormatError(path, "tokenizer_class", "GPT2Tokenizer", found)
-    prefix = options.get("add_prefix_space") is True
-    return build_vocabulary(vocab, ids, ranks, added_tokens(folder), prefix)
-
-
 def optional_json(path: str) -> dict[str, Any]:
     return read_json(path) if os.path.exists(path) else {}
 
 
-def checked_ids(path: str, values: dict[str, Any]) -> dict[str, int]:
-    """Texts with their token ids, after a check of every id."""
-    for text, token in values.items():
-        if not tinygpt2.is_token(token, tinygpt2.SIZE_LIMITS["vocab_size"]):
-            field = f"token {tinygpt2.quote(text)}"
-            raise tinygpt2.FormatError(path, field, "a token id", tinygpt2.quote(token))
-    return values
+def tokenizer_class(folder: str, path: str, options: dict[str, Any], has_json: bool) -> str:
+    """The class of transformers that reads the folder's tokenizer."""
+    config = os.path.join(folder, "config.json")
+    name = options.get("tokenizer_class")
+    if name is None:
+        name = optional_json(config).get("tokenizer_class")
+    if name is None:  # then it depends on the model
+        name = GPT2_CLASS if os.path.exists(config) or not has_json else GENERAL_CLASS
+    short = name[:-4] if isinstance(name, str) and name.endswith("Fast") else name
+    kind = OTHER_CLASSES.get(str(short), short)
+    if kind not in (GPT2_CLASS, GENERAL_CLASS) or (kind == GENERAL_CLASS and not has_json):
+        expected = f"{GPT2_CLASS}, or {GENERAL_CLASS} with a tokenizer.json"
+        raise tinygpt2.FormatError(path, "tokenizer_class", expected, tinygpt2.quote(name))
+    for option in ("auto_map", "fast_tokenizer_files"):
+        if options.get(option):
+            found = tinygpt2.quote(options[option])
+            advice = "save the tokenizer again with transformers 5"
+            raise tinygpt2.FormatError(path, option, "none", found, advice)
+    return kind
 
 
-def text_of(entry: dict[str, Any]) -> str:
-    """The text of an added token."""
-    if not isinstance(entry["content"], str):
-        raise TypeError
-    return str(entry["content"])
-
-
-def added_tokens(folder: str) -> dict[str, int]:
-    """Tokens that are not in vocab.json, from the older file for them and from the newer one."""
-    older = os.path.join(folder, "added_tokens.json")
-    path = os.path.join(folder, "tokenizer_config.json")
-    decoder = optional_json(path).get("added_tokens_decoder", {})
-    try:
-        newer = {text_of(entry): int(key) for key, entry in decoder.items()}
-    except (TypeError, ValueError, KeyError, AttributeError):
-        found = tinygpt2.quote(decoder)
-        raise tinygpt2.FormatError(
-            path, "added_tokens_decoder", "token ids with contents", found
-        ) from None
-    return {**checked_ids(older, optional_json(older)), **checked_ids(path, newer)}
+def gpt2_data(vocab: Any, merges: Any, add_prefix_space: object = False) -> dict[str, Any]:
+    """The tokenizer.json of the tokenizer that transformers' GPT2Tokenizer builds."""
+    cutter = {**BYTE_LEVEL, "add_prefix_space": bool(add_prefix_space)}
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return {"model": model, "pre_tokenizer": cutter, "decoder": BYTE_LEVEL}
 
 
 def merge_lines(path: str) -> list[str]:
@@ -764,21 +882,320 @@ def merge_lines(path: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#version")]
 
 
-def read_tokenizer_json(path: str) -> Vocabulary:
-    """The single file of transformers' fast tokenizers. Only GPT-2's kind is accepted."""
-    data = read_json(path)
-    model = byte_level_model(path, data)
-    prefix = byte_level_cutter(path, data).get("add_prefix_space") is True
-    refuse_other_steps(path, data.get("normalizer"), model)
+# Added tokens. While they are collected, they have no ids: NEW.
+
+NEW = -1
+
+
+def added_token(path: str, field: str, entry: object, **flags: bool) -> tinygpt2.AddedToken:
+    """An added token as a JSON object of the `tokenizers` library."""
+    names = ("special", "lstrip", "rstrip", "single_word", "normalized")
+    values = {**entry, **flags} if isinstance(entry, dict) else {}
+    found = {name: values[name] for name in names if name in values}
+    text = values.get("content")
+    if not isinstance(text, str) or not all(isinstance(flag, bool) for flag in found.values()):
+        expected = "an added token with content and flags"
+        raise tinygpt2.FormatError(path, field, expected, tinygpt2.quote(entry))
+    return new_token(text, **found)
+
+
+def new_token(text: str, special: bool = False, **flags: bool) -> tinygpt2.AddedToken:
+    """An added token with the defaults of the `tokenizers` library."""
+    flags = {"normalized": not special, **flags}
+    return tinygpt2.AddedToken(text, NEW, special, **flags)
+
+
+def added_in(path: str, data: dict[str, Any]) -> list[tinygpt2.AddedToken]:
+    """The added tokens of a tokenizer.json. The ids there do not count."""
+    entries = data.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise tinygpt2.FormatError(path, "added_tokens", "a list", tinygpt2.quote(entries))
+    return [added_token(path, "added_tokens", entry) for entry in entries]
+
+
+Named = dict[str, Union[str, "tinygpt2.AddedToken"]]
+
+
+def tokens_to_add(
+    folder: str,
+    path: str,
+    options: dict[str, Any],
+    json_path: str,
+    data: dict[str, Any],
+    kind: str,
+    there: list[tinygpt2.AddedToken],
+) -> tuple[Named, list[tinygpt2.AddedToken]]:
+    """What transformers adds to a tokenizer that has the added tokens `there`.
+
+    Returns the tokens that have a role, and all that are added, in order. `options` is the content
+    of `path`, tokenizer_config.json. If it lists added tokens, the older files do not count.
+    """
+    values = dict(options)
+    move_extra(values)
+    if "added_tokens_decoder" in values:
+        listed = listed_tokens(path, values["added_tokens_decoder"])
+    else:
+        merge_special_map(os.path.join(folder, "special_tokens_map.json"), values)
+        move_extra(values)
+        listed = older_tokens(os.path.join(folder, "added_tokens.json"), values)
+        if json_path.endswith("tokenizer.json"):
+            listed.update(ids_of_added(json_path, data))
+    named = named_tokens(path, values, kind, data, listed)
+    extra = [as_token(path, "extra_special_tokens", value) for value in extra_of(path, values)]
+    return named, new_ones(list(dict(sorted(listed.items())).values()), named, extra, there)
+
+
+def move_extra(values: dict[str, Any]) -> None:
+    """The older name of `extra_special_tokens`."""
+    if "additional_special_tokens" in values and not values.get("extra_special_tokens"):
+        values["extra_special_tokens"] = values.pop("additional_special_tokens")
+
+
+def listed_tokens(path: str, decoder: object) -> dict[int, tinygpt2.AddedToken]:
+    """The added tokens in tokenizer_config.json, by their ids there."""
+    field = "added_tokens_decoder"
     try:
-        added = {text_of(entry): entry["id"] for entry in data.get("added_tokens") or ()}
-        lines = [line if isinstance(line, str) else " ".join(line) for line in model["merges"]]
-    except (TypeError, KeyError):
-        found = "entries of another form"
-        raise tinygpt2.FormatError(path, "content", "added_tokens and merges", found) from None
+        entries = {int(key): entry for key, entry in dict(decoder).items()}  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        expected = "an object of token ids"
+        raise tinygpt2.FormatError(path, field, expected, tinygpt2.quote(decoder)) from None
+    return {key: added_token(path, field, entry) for key, entry in entries.items()}
+
+
+def merge_special_map(path: str, values: dict[str, Any]) -> None:
+    """Let special_tokens_map.json replace values of tokenizer_config.json."""
+    for name, value in optional_json(path).items():
+        if isinstance(value, dict) and name != "extra_special_tokens":
+            values[name] = added_token(path, name, value, special=True)
+        elif name == "extra_special_tokens" and isinstance(value, list):
+            before = list(values.get(name) or [])
+            values[name] = before + [item for item in value if item not in before]
+        else:
+            values[name] = value
+
+
+def older_tokens(path: str, values: dict[str, Any]) -> dict[int, tinygpt2.AddedToken]:
+    """The tokens in added_tokens.json, by their ids there."""
+    roles = [values[name] for name in NAMED if values.get(name)]
+    extra = values.get("extra_special_tokens")
+    special = {text_of(value) for value in [*roles, *(extra if isinstance(extra, list) else [])]}
+    ids = checked_ids(path, optional_json(path))
+    return {token: new_token(text, text in special) for text, token in ids.items()}
+
+
+def text_of(value: object) -> str:
+    """The text of a token that is given as text or as an added token; else nothing."""
+    if isinstance(value, tinygpt2.AddedToken):
+        return value.text
+    return value if isinstance(value, str) else ""
+
+
+def ids_of_added(path: str, data: dict[str, Any]) -> dict[int, tinygpt2.AddedToken]:
+    """The added tokens of a tokenizer.json by their ids, which only give an order."""
+    ids = {}
+    for entry, token in zip(data.get("added_tokens") or [], added_in(path, data)):
+        number = entry.get("id")
+        if not tinygpt2.is_count(number):
+            raise tinygpt2.FormatError(path, "added_tokens id", "a count", tinygpt2.quote(number))
+        ids[number] = token
+    return ids
+
+
+def as_token(path: str, field: str, value: object) -> str | tinygpt2.AddedToken:
+    """A special token, given as text or as an object that says so."""
+    if isinstance(value, dict) and value.get("__type") == "AddedToken":
+        return added_token(path, field, value)
+    if isinstance(value, (str, tinygpt2.AddedToken)):
+        return value
+    raise tinygpt2.FormatError(path, field, "the text of a token", tinygpt2.quote(value))
+
+
+def named_tokens(
+    path: str,
+    values: dict[str, Any],
+    kind: str,
+    data: dict[str, Any],
+    listed: dict[int, tinygpt2.AddedToken],
+) -> Named:
+    """The tokens that have a role, such as bos_token, in the order of transformers."""
+    defaults: dict[str, Any] = dict(GPT2_NAMED) if kind == GPT2_CLASS else {}
+    padding = data.get("padding")
+    if kind == GENERAL_CLASS and isinstance(padding, dict):
+        defaults["pad_token"] = padding.get("pad_token")
+    by_text = {token.text: token for token in listed.values()}
+    extra = values.get("extra_special_tokens")
+    others = {
+        name: value
+        for name, value in values.items()
+        if name.endswith("_token")
+        and name not in NAMED
+        and isinstance(value, (str, tinygpt2.AddedToken))
+    }
+    others.update(extra if isinstance(extra, dict) else {})
+    named: Named = {}
+    for name in (*NAMED, *others):
+        value = others[name] if name in others else values.get(name, defaults.get(name))
+        if value is None:
+            continue
+        token = as_token(path, name, value)
+        is_known = name in NAMED and name in values
+        named[name] = by_text.get(text_of(token), token) if is_known else token
+    return named
+
+
+def extra_of(path: str, values: dict[str, Any]) -> list[Any]:
+    extra = values.get("extra_special_tokens") or []
+    if isinstance(extra, dict):  # these have names, see `named_tokens`
+        return []
+    if not isinstance(extra, list):
+        expected = "a list or an object"
+        raise tinygpt2.FormatError(path, "extra_special_tokens", expected, tinygpt2.quote(extra))
+    return extra
+
+
+def new_ones(
+    listed: list[tinygpt2.AddedToken],
+    named: Named,
+    extra: list[str | tinygpt2.AddedToken],
+    there: list[tinygpt2.AddedToken],
+) -> list[tinygpt2.AddedToken]:
+    """Listed tokens, then those with a role, then the others that are not there yet."""
+    roles = set(map(text_of, named.values()))
+    known = {token.text for token in (*there, *listed)}
+    tokens: list[str | tinygpt2.AddedToken] = list(listed)
+    for token in (*named.values(), *extra):
+        if text_of(token) not in known and token not in tokens:
+            tokens.append(token)
+    return [
+        new_token(token, special=True)
+        if isinstance(token, str)
+        else token._replace(special=token.special or token.text in roles)
+        for token in tokens
+    ]
+
+
+def number_added(
+    path: str, ids: dict[str, int], tokens: list[tinygpt2.AddedToken]
+) -> tuple[tinygpt2.AddedToken, ...]:
+    """Added tokens with the ids that the `tokenizers` library gives them, one after the other."""
+    owners = {token: text for text, token in ids.items()}
+    added: dict[str, tinygpt2.AddedToken] = {}
+    last = NEW
+    for token in tokens:
+        if not token.text:
+            continue
+        number = ids.get(token.text, max(len(ids), last + 1))
+        field = f"added token {tinygpt2.quote(token.text)}"
+        if token.text in added:
+            number = added[token.text].id
+            if token.normalized != added[token.text].normalized:
+                expected = "the same flags wherever it is named"
+                raise tinygpt2.FormatError(path, field, expected, "others")
+            token = token._replace(special=token.special or added[token.text].special)
+        elif owners.get(number, token.text) != token.text:
+            found = f"{number}, which is {tinygpt2.quote(owners[number])} as well"
+            raise tinygpt2.FormatError(path, field, "an id of its own", found)
+        owners[number] = token.text
+        last = max(last, number)
+        added[token.text] = token._replace(id=number)
+    return tuple(sorted(added.values(), key=lambda token: token.id))
+
+
+# Before and behind every text
+
+
+def ends_template(options: dict[str, Any], named: Named) -> dict[str, Any]:
+    """The post-processor that GPT2Tokenizer makes of add_bos_token and add_eos_token."""
+    bos, eos = text_of(named.get("bos_token")), text_of(named.get("eos_token"))
+    before = [piece_of(bos)] if options.get("add_bos_token") and bos else []
+    after = [piece_of(eos)] if options.get("add_eos_token") and eos else []
+    single = [*before, {"Sequence": {"id": "A"}}, *after]
+    return {"type": "TemplateProcessing", "single": single, "special_tokens": {}}
+
+
+def piece_of(text: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": text}}
+
+
+Ends = tuple[tuple[int, ...], tuple[int, ...]]  # ids before and behind
+
+
+def tokens_around(path: str, processor: object, ids: dict[str, int]) -> Ends:
+    """The ids that a post-processor puts before and behind every single text."""
+    if processor is None:
+        return (), ()
+    kind = processor.get("type") if isinstance(processor, dict) else processor
+    try:
+        if isinstance(processor, dict):
+            if kind == "ByteLevel":
+                return (), ()
+            if kind in ("RobertaProcessing", "BertProcessing"):
+                return (token_id(processor["cls"][1]),), (token_id(processor["sep"][1]),)
+            if kind == "TemplateProcessing":
+                return template_ends(processor["single"], processor["special_tokens"], ids)
+            if kind == "Sequence":
+                return sequence_ends(path, processor["processors"], ids)
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError):
+        kind = processor
+    expected = "a template with one text and tokens around it"
+    raise tinygpt2.FormatError(path, "post_processor", expected, tinygpt2.quote(kind))
+
+
+def sequence_ends(path: str, processors: list[Any], ids: dict[str, int]) -> Ends:
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    for processor in processors:
+        outer = tokens_around(path, processor, ids)
+        before, after = outer[0] + before, after + outer[1]
+    return before, after
+
+
+def template_ends(single: list[Any], specials: dict[str, Any], ids: dict[str, int]) -> Ends:
+    names = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in single]
+    text = names.index(None)
+    if names.count(None) != 1 or single[text]["Sequence"]["id"] != "A":
+        raise ValueError
+    groups = [
+        [] if name is None else specials[name]["ids"] if name in specials else [ids[name]]
+        for name in names
+    ]
+    before = [token_id(token) for group in groups[:text] for token in group]
+    after = [token_id(token) for group in groups[text:] for token in group]
+    return tuple(before), tuple(after)
+
+
+def token_id(value: object) -> int:
+    if not tinygpt2.is_token(value, tinygpt2.SIZE_LIMITS["vocab_size"]):
+        raise ValueError
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+# From the content of a tokenizer.json to a vocabulary
+
+
+def build_vocabulary(
+    path: str, data: dict[str, Any], added: list[tinygpt2.AddedToken], named: Named
+) -> Vocabulary:
+    """The vocabulary in bytes. Only GPT-2's kind is accepted."""
+    model = byte_level_model(path, data)
+    cutter = byte_level_cutter(path, data)
+    refuse_other_steps(path, data, model)
     ids = checked_ids(path, model["vocab"])
-    ranks = number_merges(path, ids, lines)
-    return build_vocabulary(path, ids, ranks, checked_ids(path, added), prefix)
+    merges = number_merges(path, ids, merge_texts(path, model["merges"]))
+    refuse_shared_ids(path, ids)
+    numbered = number_added(path, ids, added)
+    ids = {**ids, **{token.text: token.id for token in numbered}}
+    before, after = tokens_around(path, data.get("post_processor"), ids)
+    alphabet = byte_alphabet()
+    refuse_other_letters(path, ids, merges, alphabet)
+    tokens = {token: token_bytes(text, alphabet) for text, token in ids.items()}
+    byte_ids = {
+        byte: model["vocab"][letter]
+        for letter, byte in alphabet.items()
+        if letter in model["vocab"]
+    }
+    prefix = cutter.get("add_prefix_space") is True
+    return Vocabulary(path, tokens, byte_ids, merges, numbered, before, after, prefix)
 
 
 def byte_level_model(path: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -808,13 +1225,42 @@ def byte_level_cutter(path: str, data: dict[str, Any]) -> dict[str, Any]:
     return cutter
 
 
-def refuse_other_steps(path: str, normalizer: object, model: dict[str, Any]) -> None:
-    """Refuse options that make the tokens of a text differ from GPT-2's."""
+def refuse_other_steps(path: str, data: dict[str, Any], model: dict[str, Any]) -> None:
+    """Refuse options that make the tokens of a text, or their text, differ from GPT-2's."""
     known = ("type", "vocab", "merges", "unk_token", "fuse_unk")
-    for name, value in [("normalizer", normalizer), *model.items()]:
+    for name, value in [("normalizer", data.get("normalizer")), *model.items()]:
         if name not in known and value:
             found, advice = tinygpt2.quote(value), "GPT-2's tokenizer has no such step"
             raise tinygpt2.FormatError(path, name, "none", found, advice)
+    decoder = data.get("decoder")
+    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        raise tinygpt2.FormatError(path, "decoder", "ByteLevel", tinygpt2.quote(decoder))
+
+
+def checked_ids(path: str, values: dict[str, Any]) -> dict[str, int]:
+    """Texts with their token ids, after a check of every id."""
+    for text, token in values.items():
+        if not tinygpt2.is_token(token, tinygpt2.SIZE_LIMITS["vocab_size"]):
+            field = f"token {tinygpt2.quote(text)}"
+            raise tinygpt2.FormatError(path, field, "a token id", tinygpt2.quote(token))
+    return values
+
+
+def refuse_shared_ids(path: str, ids: dict[str, int]) -> None:
+    owners: dict[int, str] = {}
+    for text, token in ids.items():
+        if owners.setdefault(token, text) != text:
+            field = f"token {tinygpt2.quote(text)}"
+            raise tinygpt2.FormatError(path, field, "an id of its own", str(token))
+
+
+def merge_texts(path: str, merges: object) -> list[str]:
+    """Merges as lines of two tokens, which a tokenizer.json may also have as pairs."""
+    try:
+        return [line if isinstance(line, str) else " ".join(line) for line in merges]  # type: ignore[attr-defined]
+    except TypeError:
+        expected = "a list of pairs of tokens"
+        raise tinygpt2.FormatError(path, "merges", expected, tinygpt2.quote(merges)) from None
 
 
 def number_merges(path: str, ids: dict[str, int], lines: list[str]) -> Merges:
@@ -831,30 +1277,22 @@ def number_merges(path: str, ids: dict[str, int], lines: list[str]) -> Merges:
     return merges
 
 
-def build_vocabulary(
-    path: str, ids: dict[str, int], merges: Merges, special: dict[str, int], prefix: bool
-) -> Vocabulary:
-    """The vocabulary in bytes. Special tokens are plain text, the others byte-level letters."""
-    if END_OF_TEXT in ids:
-        special = {END_OF_TEXT: ids[END_OF_TEXT], **special}
+def refuse_other_letters(
+    path: str, ids: dict[str, int], merges: Merges, alphabet: dict[str, int]
+) -> None:
+    """Refuse merges of texts that are not written in the letters for bytes."""
     merged = {token for pair, (_, result) in merges.items() for token in (*pair, result)}
-    alphabet = byte_alphabet()
-    tokens = {token: text.encode("utf-8", "replace") for text, token in special.items()}
     for text, token in ids.items():
-        if text in special:
-            continue
-        is_byte_level = set(text) <= alphabet.keys()
-        if token in tokens:
-            field = f"token {tinygpt2.quote(text)}"
-            raise tinygpt2.FormatError(path, field, "an id of its own", str(token))
-        if token in merged and not is_byte_level:
+        if token in merged and not set(text) <= alphabet.keys():
             field = f"token {tinygpt2.quote(text)}"
             raise tinygpt2.FormatError(path, field, "letters of byte-level BPE", "others")
-        if is_byte_level:
-            tokens[token] = bytes(alphabet[letter] for letter in text)
-        else:
-            tokens[token] = text.encode("utf-8", "replace")
-    return Vocabulary(tokens, merges, special, prefix)
+
+
+def token_bytes(text: str, alphabet: dict[str, int]) -> bytes:
+    """What a token decodes to: the bytes of its letters, or itself if one is not a letter."""
+    if set(text) <= alphabet.keys():
+        return bytes(alphabet[letter] for letter in text)
+    return text.encode("utf-8", "replace")
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -868,6 +1306,42 @@ def byte_alphabet() -> dict[str, int]:
     letters = {chr(byte): byte for byte in visible}
     letters.update({chr(0x100 + i): byte for i, byte in enumerate(others)})
     return letters
+
+
+def character_vocabulary(path: str, data: dict[str, Any]) -> Vocabulary:
+    """A character list: {"stoi": {...}}, {"itos": ...}, or the characters with their ids."""
+    ids = data.get("stoi", data)
+    if "stoi" not in data and "itos" in data:
+        ids = texts_by_id(path, data["itos"])
+    if not isinstance(ids, dict) or not ids:
+        expected = "an object of characters with their ids"
+        raise tinygpt2.FormatError(path, "stoi", expected, tinygpt2.quote(ids))
+    checked_ids(path, ids)
+    refuse_shared_ids(path, ids)
+    for text in ids:
+        if len(text) != 1 or "\ud800" <= text <= "\udfff":
+            field, advice = f"token {tinygpt2.quote(text)}", "name a folder for other tokenizers"
+            raise tinygpt2.FormatError(path, field, "one character", f"{len(text)}", advice)
+    tokens = {token: text.encode() for text, token in ids.items()}
+    byte_ids = {word[0]: token for token, word in tokens.items() if len(word) == 1}
+    return Vocabulary(path, tokens, byte_ids, {}, pre_tokenizer="characters")
+
+
+def texts_by_id(path: str, itos: object) -> dict[str, int]:
+    """`itos` the other way round; it is a list, or an object whose names are the ids."""
+    pairs = enumerate(itos) if isinstance(itos, list) else dict_items(itos)
+    try:
+        ids = [(str(text), int(token)) for token, text in pairs]
+    except ValueError:
+        ids = []
+    if not ids or len(dict(ids)) != len(ids):
+        expected = "a list of different characters, or an object of them"
+        raise tinygpt2.FormatError(path, "itos", expected, tinygpt2.quote(itos))
+    return dict(ids)
+
+
+def dict_items(value: object) -> list[tuple[Any, Any]]:
+    return list(value.items()) if isinstance(value, dict) else []
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1009,7 +1483,7 @@ def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> list[
     fetch("config.json")
     for name in (GENERATION_CONFIG, "adapter_config.json"):
         fetch(name, optional=True)
-    checkpoint_config(folder, None)  # refuses before it fetches the rest
+    checkpoint_config(folder)  # refuses before it fetches the rest
     for name in TOKENIZER_FILES:
         fetch(name, optional=True)
     if not fetch(WEIGHTS, optional=True):
