@@ -305,7 +305,9 @@ GPT2_CONFIG: dict[str, Any] = {  # of GPT-2 124M, whose config.json may be empty
     "eos_token_ids": (),  # transformers takes end tokens only from what the files say
     "n_merges": None,
     "n_token_bytes": 0,
-    "special_tokens": {},
+    "added_tokens": (),
+    "tokens_before": (),
+    "tokens_after": (),
     "add_prefix_space": False,
     "pre_tokenizer": "gpt2",
     "generation": {},
@@ -314,7 +316,7 @@ GPT2_CONFIG: dict[str, Any] = {  # of GPT-2 124M, whose config.json may be empty
 
 def test_defaults_are_those_of_gpt2(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}", "utf-8")
-    config = tinygpt2.load_companion("convert").checkpoint_config(str(tmp_path), None)
+    config = tinygpt2.load_companion("convert").checkpoint_config(str(tmp_path))
     assert config == tinygpt2.Config(**GPT2_CONFIG)
 
 
@@ -432,8 +434,11 @@ def test_special_tokens_of_slow_tokenizers(tmp_path: Path, weights: Weights) -> 
     (folder / "added_tokens.json").write_text(json.dumps({"<pad>": 266}), "utf-8")
     with tinygpt2.load(convert(folder)) as model:
         vocab = toy_tokenizer()[0]
-        assert model.config.special_tokens == {END: vocab[END], "<pad>": 266, "<|user|>": 265}
-        assert model.encode("the<pad>", special=True) == [vocab["Ġthe"], 266]
+        # added_tokens.json does not count beside added_tokens_decoder, as in transformers 5.
+        assert {token.text: token.id for token in model.config.added_tokens} == {
+            **{END: vocab[END], "<|user|>": 265}
+        }
+        assert model.encode("the<|user|>", special=True) == [vocab["Ġthe"], 265]
         assert model.decode([265, vocab["he"]]) == "<|user|>he"
 
 
@@ -521,8 +526,14 @@ def shard_map(places: object) -> Spoil:
 
 
 def fast(**changes: object) -> Spoil:
-    """A tokenizer.json with other parts."""
-    return lambda folder: write_tokenizer_json(folder, {**tokenizer_json(), **changes})
+    """A tokenizer.json with other parts, all of which count for this class of tokenizers."""
+    options = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+
+    def spoil(folder: Path) -> None:
+        write_tokenizer_json(folder, {**tokenizer_json(), **changes})
+        (folder / "tokenizer_config.json").write_text(options, "utf-8")
+
+    return spoil
 
 
 def fast_model(**changes: object) -> Spoil:
@@ -687,10 +698,10 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
     **{
         f"merges {str(value)[:70]}": (fast_model(merges=value), "tokenizer.json", field)
         for value, field in [
-            (None, "content"),
-            ([5], "content"),
-            ([None], "content"),
-            ([["t", 5]], "content"),
+            (None, "merges"),
+            ([5], "merges"),
+            ([None], "merges"),
+            ([["t", 5]], "merges"),
             (["t h", "t"], "merge 1"),
             ([["t", "h", "e"]], "merge 0"),
             (["t q"], "merge 0"),
@@ -699,15 +710,15 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
     **{
         f"added {str(value)[:70]}": (fast(added_tokens=value), "tokenizer.json", field)
         for value, field in [
-            (5, "content"),
-            (["x"], "content"),
-            ([{"id": 3}], "content"),
-            ([{"content": ["x"], "id": 3}], "content"),
-            ([{"content": 5, "id": 3}], "content"),
-            ([{"content": None, "id": 3}], "content"),
-            ([{"content": "x", "id": -3}], "token 'x'"),
-            ([{"content": "x", "id": "3"}], "token 'x'"),
-            ([{"content": "x", "id": 4}], "token '%'"),
+            (5, "added_tokens"),
+            (["x"], "added_tokens"),
+            ([{"id": 3}], "added_tokens"),
+            ([{"content": ["x"], "id": 3}], "added_tokens"),
+            ([{"content": 5, "id": 3}], "added_tokens"),
+            ([{"content": None, "id": 3}], "added_tokens"),
+            ([{"content": "x", "id": 3, "lstrip": 1}], "added_tokens"),
+            ([{"content": "x", "id": -3}], "added_tokens id"),
+            ([{"content": "x", "id": "3"}], "added_tokens id"),
         ]
     },
     **{
@@ -724,10 +735,10 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
         for value in (-1, None, "5", 1.5, True, [5], 2**64)
     },
     "the same id twice": (word("new", 3), "vocab.json", "token 'new'"),
-    "letter of no byte": (word("th\u3042", 270), "config.json", "vocab_size"),
-    "tokens beyond the vocabulary": (word("new", 270), "config.json", "vocab_size"),
-    "END beyond the vocabulary": (word(END, 270), "config.json", "vocab_size"),
-    "vocabulary too small": (config_with(vocab_size=200), "config.json", "vocab_size"),
+    "letter of no byte": (word("th\u3042", 270), "vocab.json", "vocabulary"),
+    "tokens beyond the vocabulary": (word("new", 270), "vocab.json", "vocabulary"),
+    "END beyond the vocabulary": (word(END, 270), "vocab.json", "vocabulary"),
+    "vocabulary too small": (config_with(vocab_size=200), "vocab.json", "vocabulary"),
     "decoder is a list": (decoder([1]), "tokenizer_config.json", "added_tokens_decoder"),
     "decoder without content": (
         decoder({"1": {}}),
@@ -916,7 +927,7 @@ def test_what_was_written_is_checked(tmp_path: Path) -> None:
     companion = tinygpt2.load_companion("convert")
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**CONFIG, "n_head": 3}), "utf-8")
-    config = companion.checkpoint_config(str(tmp_path), None)._replace(n_head=4)
+    config = companion.checkpoint_config(str(tmp_path))._replace(n_head=4)
     sizes = [tinygpt2.byte_size(*entry) for entry in tinygpt2.layout(config).values()]
     with pytest.raises(tinygpt2.FormatError) as caught:
         companion.write_tg2(str(tmp_path / "out.tg2"), config, iter([bytes(sum(sizes))]), None)

@@ -281,9 +281,12 @@ def test_header_checksum_twice(small_path: Path, tmp_path: Path) -> None:
 
 
 def as_version_1(header: dict[str, Any]) -> None:
-    """The header as version 1 had it: one end token or null, and no checksum of its own."""
+    """The header as version 1 had it: one end token or null, special tokens by their texts, and no
+    checksum of its own."""
     metadata = header["__metadata__"]
     config = json.loads(metadata["config"])
+    config["special_tokens"] = {token["text"]: token["id"] for token in config.pop("added_tokens")}
+    del config["tokens_before"], config["tokens_after"]
     ends = config.pop("eos_token_ids")
     config["eos_token_id"] = ends[0] if ends else None
     metadata.update(format_version="1", config=json.dumps(config))
@@ -306,17 +309,28 @@ def test_version_1_without_an_end_token(small_path: Path, tmp_path: Path) -> Non
         assert model.config.eos_token_ids == ()
 
 
-@pytest.mark.parametrize("value", [-1, 270, 1.0, True, "1", [1], {}], ids=repr)
-def test_version_1_with_a_bad_end_token(small_path: Path, tmp_path: Path, value: object) -> None:
+BAD_VERSION_1 = [
+    *(("eos_token_id", value, "eos_token_ids") for value in (-1, 270, 1.0, True, "1", [1], {})),
+    *(("special_tokens", value, "special_tokens") for value in (None, [], "x")),
+    *(("special_tokens", {"x": i}, "added_tokens") for i in (270, -1, True, "1", 1.0, None)),
+    ("special_tokens", {"": 1}, "added_tokens"),
+    ("special_tokens", {"x": 1, "y": 1}, "added_tokens"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "field"), BAD_VERSION_1, ids=repr)
+def test_version_1_with_bad_values(
+    small_path: Path, tmp_path: Path, name: str, value: object, field: str
+) -> None:
     path = tmp_path / "bad.tg2"
 
     def change(header: dict[str, Any]) -> None:
         as_version_1(header)
         config = json.loads(header["__metadata__"]["config"])
-        header["__metadata__"]["config"] = json.dumps({**config, "eos_token_id": value})
+        header["__metadata__"]["config"] = json.dumps({**config, name: value})
 
     write_changed(small_path, path, change)
-    refusal(path, "config eos_token_ids", tinygpt2.load)
+    refusal(path, f"config {field}", tinygpt2.load)
 
 
 def test_default_model_is_of_version_1() -> None:
@@ -812,6 +826,8 @@ SWITCHES = (
     "add_prefix_space",
 )
 BAD_END_TOKENS: list[object] = [[-1], [270], [2**32], [1.0], [True], ["1"], [[1]], [{}]]
+ADDED_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+ADDED: dict[str, object] = {"text": "x", "id": 3, **dict.fromkeys(ADDED_FLAGS, False)}
 BAD_VALUES: dict[str, list[object]] = {
     **{name: [None, 0, -1, 1.0, True, "8", [8], 2**31, 2**64, 10**400] for name in COUNTS},
     "activation_function": [None, "swish", "GELU", "", 1, ["gelu"], {}],
@@ -819,7 +835,17 @@ BAD_VALUES: dict[str, list[object]] = {
     **{name: [None, 0, 1, "true", []] for name in SWITCHES},
     "bos_token_id": [-1, 270, 2**32, 1.0, True, "1", [1]],
     "eos_token_ids": [None, 1, "1", {}, *BAD_END_TOKENS],
-    "special_tokens": [None, [], "x", {"": 1}, *({"x": id_} for id_ in (270, -1, True, "1", 1.0))],
+    "added_tokens": [
+        *(None, "x", {}, {"x": 1}, [1], [{}], [{"text": "x", "id": 1}]),
+        *([{**ADDED, "id": id_}] for id_ in (270, -1, True, "1", 1.0, None)),
+        *([{**ADDED, "text": text}] for text in ("", "x" * 257, 5, None, ["x"])),
+        *([{**ADDED, name: flag}] for name in ADDED_FLAGS for flag in (None, 0, "true")),
+        [{**ADDED, "other": True}],
+        [ADDED, {**ADDED, "text": "y"}],
+        [ADDED, {**ADDED, "id": 4}],
+    ],
+    "tokens_before": [None, 1, "1", {}, [3] * 1000, *BAD_END_TOKENS],
+    "tokens_after": [None, 1, "1", {}, [3] * 1000, *BAD_END_TOKENS],
     "n_merges": [-1, 1.0, True, "8", 2**31, 10**400],
     "n_token_bytes": [None, -1, 1.0, False, "8", 2**31],
     "pre_tokenizer": [None, "gpt4", 2, ["gpt2"]],
@@ -1099,7 +1125,8 @@ def test_file_of_holes_takes_no_memory(
     values |= {"n_head": 1, "n_inner": 1, "n_merges": 0, "n_token_bytes": 0, **sizes}
     values |= {"activation_function": "gelu", "layer_norm_epsilon": 0.0, "eos_token_ids": []}
     values |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": True}
-    values |= {"tie_word_embeddings": True, "bos_token_id": None, "special_tokens": {}}
+    values |= {"tie_word_embeddings": True, "bos_token_id": None, "added_tokens": ()}
+    values |= {"tokens_before": (), "tokens_after": ()}
     config = tinygpt2.Config(**values, add_prefix_space=False, pre_tokenizer="gpt2")
     path = tmp_path / "holes.tg2"
     size = write_holes(path, config)
@@ -1138,43 +1165,36 @@ SPECIAL_TOKENS = {
     "many": ([f"<{i:05}>" for i in range(100_000)], "<0123" * 4000),
     "of every length": (["a" * n + "b" for n in range(1, 256)], "a" * 8000),
     "long": (["a" * 250 + f"{i:05}" for i in range(10_000)], "a" * 8000),
+    "beginnings of each other": (["ab" + "x" * n for n in range(254)], "ab" * 4000),
     "of every first letter": ([chr(0x4E00 + i) * 2 for i in range(20_000)], "\u4e00\u4e01" * 9000),
 }
 
 
 @pytest.mark.parametrize(("names", "text"), SPECIAL_TOKENS.values(), ids=SPECIAL_TOKENS.keys())
 @pytest.mark.slow
-def test_hostile_special_tokens(
-    small_path: Path, tmp_path: Path, names: list[str], text: str
-) -> None:
+def test_hostile_added_tokens(names: list[str], text: str) -> None:
     """They are found, and texts that nearly match them take no longer than two seconds."""
-    path = tmp_path / "hostile.tg2"
-    write_config(
-        small_path, path, "special_tokens", {name: i % 270 for i, name in enumerate(names)}
-    )
-    with tinygpt2.load(path) as model:
-        ordinary = model.encode("he")
-        expected = [*ordinary, 7, *ordinary, (len(names) - 1) % 270]
-        assert model.encode(f"he{names[7]}he{names[-1]}", special=True) == expected
-        before = time.process_time()
-        found = model.encode(text, special=True)
-        assert time.process_time() - before < 2
-        assert found == model.encode(text)
+    added = tinygpt2.AddedTokens([tinygpt2.AddedToken(name, i) for i, name in enumerate(names)])
+    last = len(names) - 1
+    pieces = list(added.split(f"he{names[7]}he{names[-1]}", True))
+    assert pieces == [("he", None), (names[7], 7), ("he", None), (names[-1], last)]
+    before = time.process_time()
+    found = list(added.split(text, True))
+    assert time.process_time() - before < 2
+    assert "".join(piece for piece, _ in found) == text
 
 
 @pytest.mark.parametrize(
     ("length", "works"), [(1, True), (256, True), (257, False), (10**6, False)]
 )
-def test_length_of_special_tokens(
-    small_path: Path, tmp_path: Path, length: int, works: bool
-) -> None:
+def test_length_of_added_tokens(small_path: Path, tmp_path: Path, length: int, works: bool) -> None:
     path = tmp_path / "special.tg2"
-    write_config(small_path, path, "special_tokens", {"\u00e9" * length: 5})
+    write_config(small_path, path, "added_tokens", [{**ADDED, "text": "\u00e9" * length, "id": 5}])
     if works:
         with tinygpt2.load(path) as model:
-            assert model.encode("\u00e9" * length, special=True) == [5]
+            assert model.encode("\u00e9" * length) == [5]
     else:
-        refusal(path, "config special_tokens", tinygpt2.load)
+        refusal(path, "config added_tokens", tinygpt2.load)
 
 
 # The writer

@@ -672,6 +672,7 @@ class Vocabulary(NamedTuple):
 
     path: str  # for messages
     tokens: dict[int, bytes]
+    base: set[int]  # those that are not added ones
     byte_ids: dict[int, int]  # the tokens of single bytes
     merges: Merges
     added: tuple[tinygpt2.AddedToken, ...] = ()
@@ -684,7 +685,7 @@ class Vocabulary(NamedTuple):
 def vocabulary_config(vocabulary: Vocabulary | None) -> dict[str, Any]:
     """The part of the configuration that describes the tokenizer."""
     if vocabulary is None:
-        vocabulary = Vocabulary("", {}, {}, {})
+        vocabulary = Vocabulary("", {}, set(), {}, {})
         n_merges = None
     else:
         n_merges = len(vocabulary.merges)
@@ -727,19 +728,17 @@ def fit_vocabulary(vocabulary: Vocabulary, vocab_size: int) -> Vocabulary:
         return vocabulary
     advice = "the tokenizer and the weights do not belong together"
     limit = f"tokens below {vocab_size}, the rows of the embedding"
-    needed = {token for pair, (_, result) in vocabulary.merges.items() for token in (*pair, result)}
-    added = {token.id: token.text for token in vocabulary.added}
     for token in lost:
-        if token not in added or token in needed or token in vocabulary.byte_ids.values():
+        if token in vocabulary.base:
             raise tinygpt2.FormatError(path, "vocabulary", limit, str(token), advice)
     for token in (*vocabulary.before, *vocabulary.after):
         if token >= vocab_size:
             field = "tokens around every text"
             raise tinygpt2.FormatError(path, field, limit, str(token), advice)
-    texts = ", ".join(tinygpt2.quote(added[token]) for token in sorted(lost)[:5])
-    texts += ", ..." if len(lost) > 5 else ""
+    texts = [tinygpt2.quote(token.text) for token in vocabulary.added if token.id >= vocab_size]
+    names = ", ".join(texts[:5]) + (", ..." if len(lost) > 5 else "")
     tinygpt2.note(
-        f"{tinygpt2.show_path(path)}: dropped {len(lost)} added tokens ({texts}): "
+        f"{tinygpt2.show_path(path)}: dropped {len(lost)} added tokens ({names}): "
         f"the model has embeddings for {vocab_size} tokens only"
     )
     kept = {token: text for token, text in vocabulary.tokens.items() if token < vocab_size}
@@ -786,7 +785,7 @@ def read_vocabulary_file(path: str) -> Vocabulary:
     refuse_pickle(path)
     data = read_json(path)
     if isinstance(data.get("model"), dict):
-        return build_vocabulary(path, data, added_in(path, data), {})
+        return build_vocabulary(path, path, data, added_in(path, data))
     return character_vocabulary(path, data)
 
 
@@ -822,12 +821,13 @@ def read_vocabulary(folder: str) -> Vocabulary | None:
     named, more = tokens_to_add(folder, options_path, options, path, data, kind, added)
     if kind == GPT2_CLASS:
         model = byte_level_model(path, data)
+        note_ignored(path, data, model)
         rebuilt = gpt2_data(model["vocab"], model["merges"], options.get("add_prefix_space"))
         rebuilt["post_processor"] = data.get("post_processor")
         if not has_json:
             rebuilt["post_processor"] = ends_template(options, named)
         data = rebuilt
-    return build_vocabulary(path, data, [*added, *more], named)
+    return build_vocabulary(path, path if has_json else merges, data, [*added, *more])
 
 
 def refuse_other_tokenizers(folder: str) -> None:
@@ -856,7 +856,9 @@ def tokenizer_class(folder: str, path: str, options: dict[str, Any], has_json: b
     kind = OTHER_CLASSES.get(str(short), short)
     if kind not in (GPT2_CLASS, GENERAL_CLASS) or (kind == GENERAL_CLASS and not has_json):
         expected = f"{GPT2_CLASS}, or {GENERAL_CLASS} with a tokenizer.json"
-        raise tinygpt2.FormatError(path, "tokenizer_class", expected, tinygpt2.quote(name))
+        found = tinygpt2.quote(name)
+        advice = "other tokenizers are not supported; --tokenizer names a folder with another one"
+        raise tinygpt2.FormatError(path, "tokenizer_class", expected, found, advice)
     for option in ("auto_map", "fast_tokenizer_files"):
         if options.get(option):
             found = tinygpt2.quote(options[option])
@@ -870,6 +872,16 @@ def gpt2_data(vocab: Any, merges: Any, add_prefix_space: object = False) -> dict
     cutter = {**BYTE_LEVEL, "add_prefix_space": bool(add_prefix_space)}
     model = {"type": "BPE", "vocab": vocab, "merges": merges}
     return {"model": model, "pre_tokenizer": cutter, "decoder": BYTE_LEVEL}
+
+
+def note_ignored(path: str, data: dict[str, Any], model: dict[str, Any]) -> None:
+    """Say that a tokenizer.json has something that GPT2Tokenizer does not look at."""
+    try:
+        byte_level_cutter(path, data)
+        refuse_other_steps(path, data, model)
+    except tinygpt2.FormatError as error:
+        place = f"{tinygpt2.show_path(path)}: {error.field}: {error.found}"
+        tinygpt2.note(f"{place}: ignored, as transformers' {GPT2_CLASS} ignores it")
 
 
 def merge_lines(path: str) -> list[str]:
@@ -1174,14 +1186,15 @@ def token_id(value: object) -> int:
 
 
 def build_vocabulary(
-    path: str, data: dict[str, Any], added: list[tinygpt2.AddedToken], named: Named
+    path: str, merges_path: str, data: dict[str, Any], added: list[tinygpt2.AddedToken]
 ) -> Vocabulary:
     """The vocabulary in bytes. Only GPT-2's kind is accepted."""
     model = byte_level_model(path, data)
     cutter = byte_level_cutter(path, data)
     refuse_other_steps(path, data, model)
     ids = checked_ids(path, model["vocab"])
-    merges = number_merges(path, ids, merge_texts(path, model["merges"]))
+    base = set(ids.values())
+    merges = number_merges(merges_path, ids, merge_texts(path, model["merges"]))
     refuse_shared_ids(path, ids)
     numbered = number_added(path, ids, added)
     ids = {**ids, **{token.text: token.id for token in numbered}}
@@ -1195,7 +1208,7 @@ def build_vocabulary(
         if letter in model["vocab"]
     }
     prefix = cutter.get("add_prefix_space") is True
-    return Vocabulary(path, tokens, byte_ids, merges, numbered, before, after, prefix)
+    return Vocabulary(path, tokens, base, byte_ids, merges, numbered, before, after, prefix)
 
 
 def byte_level_model(path: str, data: dict[str, Any]) -> dict[str, Any]:
@@ -1324,7 +1337,7 @@ def character_vocabulary(path: str, data: dict[str, Any]) -> Vocabulary:
             raise tinygpt2.FormatError(path, field, "one character", f"{len(text)}", advice)
     tokens = {token: text.encode() for text, token in ids.items()}
     byte_ids = {word[0]: token for token, word in tokens.items() if len(word) == 1}
-    return Vocabulary(path, tokens, byte_ids, {}, pre_tokenizer="characters")
+    return Vocabulary(path, tokens, set(tokens), byte_ids, {}, pre_tokenizer="characters")
 
 
 def texts_by_id(path: str, itos: object) -> dict[str, int]:
