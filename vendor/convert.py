@@ -794,8 +794,9 @@ def refuse_pickle(path: str) -> None:
         is_pickle = file[:1] == b"\x80"
     if is_pickle:
         code = (
-            "import json, pickle; json.dump({'stoi': pickle.load(open('meta.pkl', 'rb'))['stoi']}, "
-            "open('meta.json', 'w'))"
+            "import json, pickle; from pathlib import Path; "
+            "stoi = pickle.loads(Path('meta.pkl').read_bytes())['stoi']; "
+            "Path('meta.json').write_text(json.dumps({'stoi': stoi}))"
         )
         advice = f'a pickle can run any code, so write it as JSON yourself: python -c "{code}"'
         raise tinygpt2.FormatError(path, "tokenizer", "JSON", "a pickle", advice)
@@ -1154,12 +1155,12 @@ def tokens_around(path: str, processor: object, ids: dict[str, int]) -> Ends:
 
 
 def sequence_ends(path: str, processors: list[Any], ids: dict[str, int]) -> Ends:
-    before: tuple[int, ...] = ()
-    after: tuple[int, ...] = ()
-    for processor in processors:
-        outer = tokens_around(path, processor, ids)
-        before, after = outer[0] + before, after + outer[1]
-    return before, after
+    """Of several processors only one may add tokens: what two do together follows no simple rule."""
+    ends = [tokens_around(path, processor, ids) for processor in processors]
+    adding = [pair for pair in ends if any(pair)]
+    if len(adding) > 1:
+        raise ValueError
+    return adding[0] if adding else ((), ())
 
 
 def template_ends(single: list[Any], specials: dict[str, Any], ids: dict[str, int]) -> Ends:
