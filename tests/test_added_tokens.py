@@ -29,7 +29,13 @@ def byte_level(prefix: bool = False) -> dict[str, Any]:
 
 def tokenizer_json(*added: dict[str, Any], **parts: Any) -> dict[str, Any]:
     """A tokenizer.json with the tests' vocabulary. `model_...` are parts of its model."""
-    model = {"type": "BPE", "vocab": VOCAB, "merges": MERGES, "unk_token": None, "dropout": None}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": VOCAB,
+        "merges": MERGES,
+        "unk_token": None,
+        "dropout": None,
+    }
     model |= {"continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False}
     model |= {name[6:]: value for name, value in parts.items() if name.startswith("model_")}
     defaults = {"truncation": None, "padding": None, "normalizer": None, "post_processor": None}
@@ -183,7 +189,7 @@ def template(*pieces: str, **ids: list[int]) -> dict[str, Any]:
 
 X, Y = numbered(265, "<x>", True), numbered(266, "<y>")
 LISTED = {str(token.pop("id")): token for token in (end_entry(), numbered(266, "<x>", True))}
-ROBERTA = {"type": "RobertaProcessing", "sep": [END, 264], "cls": ["the", 258]}
+ROBERTA: dict[str, Any] = {"type": "RobertaProcessing", "sep": [END, 264], "cls": ["the", 258]}
 ROBERTA |= {"trim_offsets": True, "add_prefix_space": False}
 SEQUENCE = {
     "type": "Sequence",

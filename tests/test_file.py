@@ -309,7 +309,7 @@ def test_version_1_without_an_end_token(small_path: Path, tmp_path: Path) -> Non
         assert model.config.eos_token_ids == ()
 
 
-BAD_VERSION_1 = [
+BAD_VERSION_1: list[tuple[str, object, str]] = [
     *(("eos_token_id", value, "eos_token_ids") for value in (-1, 270, 1.0, True, "1", [1], {})),
     *(("special_tokens", value, "special_tokens") for value in (None, [], "x")),
     *(("special_tokens", {"x": i}, "added_tokens") for i in (270, -1, True, "1", 1.0, None)),

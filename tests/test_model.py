@@ -490,8 +490,8 @@ def published(data: Path) -> dict[str, Any]:
 
 def test_greedy_texts_of_gpt2(gpt2: tinygpt2.Model, published: dict[str, Any]) -> None:
     for entry in published["greedy"]:
-        prompt = gpt2.tokens_of(entry.get("prompt_ids") or entry["prompt"])
-        expected = gpt2.tokens_of(entry.get("ids") or entry["text"])
+        prompt = gpt2.tokens_of(entry.get("prompt_ids") or entry["prompt"], False, True)
+        expected = gpt2.tokens_of(entry.get("ids") or entry["text"], False, True)
         found = gpt2.generate_ids(prompt, max_new_tokens=len(expected), temperature=0)
         assert found == expected, entry
 

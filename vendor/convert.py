@@ -1155,7 +1155,7 @@ def tokens_around(path: str, processor: object, ids: dict[str, int]) -> Ends:
 
 
 def sequence_ends(path: str, processors: list[Any], ids: dict[str, int]) -> Ends:
-    """Of several processors only one may add tokens: what two do together follows no simple rule."""
+    """Of several processors only one may add tokens: what two do follows no simple rule."""
     ends = [tokens_around(path, processor, ids) for processor in processors]
     adding = [pair for pair in ends if any(pair)]
     if len(adding) > 1:
