@@ -286,7 +286,7 @@ def as_version_1(header: dict[str, Any]) -> None:
     metadata = header["__metadata__"]
     config = json.loads(metadata["config"])
     config["special_tokens"] = {token["text"]: token["id"] for token in config.pop("added_tokens")}
-    del config["tokens_before"], config["tokens_after"]
+    del config["tokens_before"], config["tokens_after"], config["generation"]
     ends = config.pop("eos_token_ids")
     config["eos_token_id"] = ends[0] if ends else None
     metadata.update(format_version="1", config=json.dumps(config))
@@ -309,10 +309,12 @@ def test_version_1_without_an_end_token(small_path: Path, tmp_path: Path) -> Non
         assert model.config.eos_token_ids == ()
 
 
+BAD_IDS: list[object] = [270, -1, True, "1", 1.0]
+NO_OBJECTS: list[object] = [None, [], "x"]
 BAD_VERSION_1: list[tuple[str, object, str]] = [
-    *(("eos_token_id", value, "eos_token_ids") for value in (-1, 270, 1.0, True, "1", [1], {})),
-    *(("special_tokens", value, "special_tokens") for value in (None, [], "x")),
-    *(("special_tokens", {"x": i}, "added_tokens") for i in (270, -1, True, "1", 1.0, None)),
+    *(("eos_token_id", value, "eos_token_ids") for value in [*BAD_IDS, [1], {}]),
+    *(("special_tokens", value, "special_tokens") for value in NO_OBJECTS),
+    *(("special_tokens", {"x": i}, "added_tokens") for i in [*BAD_IDS, None]),
     ("special_tokens", {"": 1}, "added_tokens"),
     ("special_tokens", {"x": 1, "y": 1}, "added_tokens"),
 ]

@@ -231,7 +231,7 @@ def test_an_empty_prompt_starts_from_end_of_text(toy: Model) -> None:
     assert session.tokens[0] == END
 
 
-@pytest.mark.parametrize(("bos", "eos", "start"), [(7, None, 7), (7, 8, 8), (None, 8, 8)])
+@pytest.mark.parametrize(("bos", "eos", "start"), [(7, None, 7), (7, 8, 7), (None, 8, 8)])
 def test_what_an_empty_prompt_starts_from(
     tmp_path: Path, bos: int | None, eos: int | None, start: int
 ) -> None:
