@@ -575,6 +575,11 @@ class Config(NamedTuple):
     pre_tokenizer: str
     generation: dict[str, Any]  # the model's own defaults of options, by the names of `Options`
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The added tokens that are special: their texts with their ids."""
+        return {token.text: token.id for token in self.added_tokens if token.special}
+
 
 # Sizes far beyond every GPT-2, and small enough that no product of them overflows.
 SIZE_LIMITS = {

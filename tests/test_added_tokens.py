@@ -3,6 +3,7 @@ every file that says something about a tokenizer, or a refusal that names it."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import pickle
@@ -417,6 +418,52 @@ def test_folder_as_transformers_reads_it(
     assert tinygpt2.main(["info", str(folder.parent / "m.tg2"), "--verify"]) == 0
 
 
+def random_changes(theirs: Any, chance: random.Random) -> None:
+    """What people do to a tokenizer before they save it."""
+    tokenizers = importlib.import_module("tokenizers")
+    names = [f"<{letter}{i}>" for i in range(3) for letter in "abc"] + ["the", "ing", "é", "语"]
+    chance.shuffle(names)
+
+    def token() -> Any:
+        flags = {name: chance.random() < 0.3 for name in FLAGS}
+        return tokenizers.AddedToken(names.pop(), **flags)
+
+    for _ in range(chance.randint(1, 4)):
+        role = chance.choice(["pad_token", "bos_token", "mask_token", "eos_token"])
+        change = chance.randint(0, 4)
+        if change == 0:
+            theirs.add_tokens([token(), names.pop()])
+        elif change == 1:
+            theirs.add_special_tokens({role: chance.choice([names.pop(), token()])})
+        elif change == 2:
+            theirs.add_special_tokens({"extra_special_tokens": [names.pop(), token()]})
+        elif change == 3:
+            theirs.add_tokens([names.pop()], special_tokens=True)
+        else:
+            theirs.add_bos_token = True
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_folder_that_transformers_writes(tmp_path: Path, transformers: Any, seed: int) -> None:
+    """After random changes: written, read again and perhaps written once more by transformers."""
+    chance = random.Random(seed)
+    options = {"add_prefix_space": chance.random() < 0.3, "add_bos_token": chance.random() < 0.3}
+    folder = write_folder(tmp_path / "m", {"tokenizer_config": options})
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for _ in range(chance.randint(1, 2)):
+        random_changes(theirs, chance)
+        theirs.save_pretrained(folder)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [token.content for token in theirs.added_tokens_decoder.values()]
+    with converted(folder) as model:
+        for _ in range(20):
+            text = random_text(chance, [*texts, *PIECES], 8)
+            for special in (False, True):
+                ids = theirs.encode(text, split_special_tokens=not special)
+                assert model.encode(text, special) == ids, text
+                assert model.decode(ids) == theirs.decode(ids)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "an object without its type": (
         {"tokenizer_config": {"bos_token": {"content": "<s>"}}},
@@ -695,6 +742,7 @@ def around(around_path: Path) -> Iterator[tinygpt2.Model]:
 
 
 def test_encode(around: tinygpt2.Model) -> None:
+    assert around.config.special_tokens == {END: 264, "<x>": 265}
     plain = around.encode("<x>", add_special_tokens=False)
     assert len(plain) == 3
     assert around.encode("the<y><x>") == [265, 3, 258, 266, *plain, 7]
