@@ -94,7 +94,7 @@ def test_the_options_are_keywords_in_the_order_of_options(name: str) -> None:
     parameters = list(inspect.signature(getattr(Model, name)).parameters.values())
     assert [p.name for p in parameters[:2]] == ["self", "prompt"]
     keywords = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    assert keywords == list(Options._fields)
+    assert keywords == [*Options._fields, "special"]
 
 
 def test_models_and_sessions_generate_alike(model: Model) -> None:
