@@ -478,6 +478,7 @@ def test_folder_that_transformers_writes(tmp_path: Path, transformers: Any, seed
                 assert model.decode(ids) == theirs.decode(ids)
 
 
+DEEPER = '{"type": "Sequence", "processors": ['
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "an object without its type": (
         {"tokenizer_config": {"bos_token": {"content": "<s>"}}},
@@ -546,6 +547,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         {"tokenizer": tokenizer_json(end_entry(), post_processor={"type": "Mean"})},
         "tokenizer.json",
         "post_processor",
+    ),
+    "processors without end": (
+        {
+            "tokenizer": tokenizer_json(
+                end_entry(), post_processor=json.loads(300 * DEEPER + "{}" + 300 * "]}")
+            )
+        },
+        "tokenizer.json",
+        "post_processor",
+    ),
+    "listed as a list": (
+        {"tokenizer_config": {"added_tokens_decoder": [["265", entry("<x>")]]}},
+        "tokenizer_config.json",
+        "added_tokens_decoder",
     ),
     "a decoder of another kind": (
         {
@@ -685,6 +700,8 @@ BAD_LISTS: dict[str, tuple[object, str]] = {
     "twice": ({"stoi": {"a": 0, "b": 0}}, "token 'b'"),
     "twice in itos": ({"itos": ["a", "a"]}, "itos"),
     "a text": ({"itos": "ab"}, "itos"),
+    "numbers": ({"itos": [1, 2]}, "itos"),
+    "lists": ({"itos": [["a"], ["b"]]}, "itos"),
     "names": ({"itos": {"x": "a"}}, "itos"),
     "empty": ({}, "stoi"),
     "a list": ({"stoi": ["a"]}, "stoi"),

@@ -968,10 +968,12 @@ def listed_tokens(path: str, decoder: object) -> dict[int, tinygpt2.AddedToken]:
     """The added tokens in tokenizer_config.json, by their ids there."""
     field = "added_tokens_decoder"
     try:
-        entries = {int(key): entry for key, entry in dict(decoder).items()}  # type: ignore[call-overload]
-    except (TypeError, ValueError):
+        entries = {int(key): entry for key, entry in dict_items(decoder)}
+    except ValueError:
+        entries = {}
+    if not isinstance(decoder, dict) or len(entries) != len(decoder):
         expected = "an object of token ids"
-        raise tinygpt2.FormatError(path, field, expected, tinygpt2.quote(decoder)) from None
+        raise tinygpt2.FormatError(path, field, expected, tinygpt2.quote(decoder))
     return {key: added_token(path, field, entry) for key, entry in entries.items()}
 
 
@@ -1148,7 +1150,7 @@ def tokens_around(path: str, processor: object, ids: dict[str, int]) -> Ends:
                 return template_ends(processor["single"], processor["special_tokens"], ids)
             if kind == "Sequence":
                 return sequence_ends(path, processor["processors"], ids)
-    except (TypeError, KeyError, ValueError, IndexError, AttributeError):
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError, RecursionError):
         kind = processor
     expected = "a template with one text and tokens around it"
     raise tinygpt2.FormatError(path, "post_processor", expected, tinygpt2.quote(kind))
@@ -1345,10 +1347,11 @@ def texts_by_id(path: str, itos: object) -> dict[str, int]:
     """`itos` the other way round; it is a list, or an object whose names are the ids."""
     pairs = enumerate(itos) if isinstance(itos, list) else dict_items(itos)
     try:
-        ids = [(str(text), int(token)) for token, text in pairs]
+        ids = [(text, int(token)) for token, text in pairs]
     except ValueError:
         ids = []
-    if not ids or len(dict(ids)) != len(ids):
+    are_texts = all(isinstance(text, str) for text, _ in ids)
+    if not ids or not are_texts or len(dict(ids)) != len(ids):
         expected = "a list of different characters, or an object of them"
         raise tinygpt2.FormatError(path, "itos", expected, tinygpt2.quote(itos))
     return dict(ids)
