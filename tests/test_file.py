@@ -1128,7 +1128,7 @@ def test_file_of_holes_takes_no_memory(
     values |= {"activation_function": "gelu", "layer_norm_epsilon": 0.0, "eos_token_ids": []}
     values |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": True}
     values |= {"tie_word_embeddings": True, "bos_token_id": None, "added_tokens": ()}
-    values |= {"tokens_before": (), "tokens_after": ()}
+    values |= {"tokens_before": (), "tokens_after": (), "generation": {}}
     config = tinygpt2.Config(**values, add_prefix_space=False, pre_tokenizer="gpt2")
     path = tmp_path / "holes.tg2"
     size = write_holes(path, config)
