@@ -175,9 +175,11 @@ def to_version_1(header: dict[str, Any]) -> dict[str, Any]:
     metadata = dict(header["__metadata__"], format_version="1")
     del metadata["header_crc32"]
     config = json.loads(metadata["config"])
-    ends = config.pop("eos_token_ids")
-    del config["generation"]
-    metadata["config"] = json.dumps({**config, "eos_token_id": ends[0] if ends else None})
+    config["eos_token_id"] = next(iter(config.pop("eos_token_ids")), None)
+    config["special_tokens"] = {token["text"]: token["id"] for token in config.pop("added_tokens")}
+    for name in ("tokens_before", "tokens_after", "generation"):
+        del config[name]
+    metadata["config"] = json.dumps(config)
     return {**header, "__metadata__": metadata}
 
 
@@ -312,8 +314,8 @@ def test_every_instruction_set_and_number_of_threads(
 def test_end_tokens_and_empty_prompts(
     command: Command, python: Python, toy_path: Path, tmp_path: Path
 ) -> None:
-    """An end token is not printed, and nothing follows it. An empty prompt starts from the first
-    of them, or from the begin token."""
+    """An end token is not printed, and nothing follows it. An empty prompt starts from the tokens
+    before every text, or from the begin token, or from the first of the end tokens."""
     path = tmp_path / "m.tg2"
     header, data = unpack(toy_path)
     config = json.loads(header["__metadata__"]["config"])
@@ -324,24 +326,32 @@ def test_end_tokens_and_empty_prompts(
     ids = list(map(int, command("--model", path, *prompt).out.split()))
     unlike = list(dict.fromkeys(ids))
     found, expected = [], []
-    for version, bos, ends in (
-        (2, 264, unlike[:1]),
-        (2, 264, unlike[5:6]),
-        (2, 264, [unlike[12], unlike[7], unlike[9]]),
-        (2, 5, [264, unlike[10]]),
-        (2, 5, []),
-        (2, None, []),
-        (1, None, unlike[8:9]),
-        (1, 3, []),
-        (1, None, []),
+    for version, before, bos, ends in (
+        (2, [], None, unlike[:1]),
+        (2, [], 264, unlike[5:6]),
+        (2, [], None, [unlike[12], unlike[7], unlike[9]]),
+        (2, [], 5, [264, unlike[10]]),
+        (2, [8, 7, 8], 5, [264]),
+        (2, [6] * 64, None, []),
+        (2, [264], 5, [264]),
+        (2, [], None, []),
+        (1, [], None, unlike[8:9]),
+        (1, [], 3, []),
+        (1, [], 3, [264]),
+        (1, [], None, []),
     ):
-        config |= {"bos_token_id": bos, "eos_token_ids": ends}
+        config |= {"tokens_before": before, "bos_token_id": bos, "eos_token_ids": ends}
         header["__metadata__"]["config"] = json.dumps(config)
         path.write_bytes(pack(header if version == 2 else to_version_1(header), data))
         for line in (prompt, ["--ids", ""], ["--ids", " ,\n"], ["--ids", "\ufeff9 8"]):
             for kind in ([], ["--text"]):
                 arguments = ["--model", path, *line, "--seed", "3", *kind]
-                assert command(*arguments) == python(*arguments), (version, bos, ends, line)
+                assert command(*arguments) == python(*arguments), (version, config, line)
+        start = before or [token for token in (bos, *ends[:1]) if token is not None][:1]
+        if start:
+            ours = command("--model", path, "--ids", "", "--seed", 1)
+            line = ["--ids", " ".join(map(str, start)), "--seed", 1]
+            assert ours == command("--model", path, *line), (version, config)
         found.append(len(command("--model", path, *prompt).out.split()))
         expected.append(min([len(ids), *(ids.index(end) for end in ends if end in ids)]))
     assert found == expected
@@ -429,7 +439,7 @@ def with_vocabulary(source: Path, words: list[bytes]) -> bytes:
     weights = data[: header["vocab.bytes"]["data_offsets"][0]]
     offsets = [sum(map(len, words[:i])) for i in range(len(words) + 1)]
     config = json.loads(header["__metadata__"]["config"])
-    config |= {"n_token_bytes": offsets[-1], "n_merges": 0, "special_tokens": {}}
+    config |= {"n_token_bytes": offsets[-1], "n_merges": 0, "added_tokens": []}
     header["__metadata__"]["config"] = json.dumps(config)
     place = len(weights)
     for name, size, table in (
@@ -637,7 +647,7 @@ def python_accepts(path: Path) -> tuple[bool, str]:
 
 
 # What the command does not use it does not check: how texts are encoded.
-UNUSED = ("config special_tokens", "tensor vocab.byte_ids", "tensor merges.", "appears twice")
+UNUSED = ("tensor vocab.byte_ids", "tensor merges.", "appears twice")
 
 
 def check_as_python(command: Command, path: Path, content: bytes) -> bool:
@@ -711,6 +721,37 @@ SWITCHES = [
     *("scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
     *("tie_word_embeddings", "add_prefix_space"),
 ]
+
+
+def added(text: str = '"x"', token: str = "3", flag: str = "false") -> str:
+    """An added token of a configuration, as JSON."""
+    flags = f'"special":{flag},"lstrip":true,"rstrip":false,"single_word":true,"normalized":false'
+    return f'{{"text":{text},"id":{token},{flags}}}'
+
+
+def quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+ADDED = added()
+HALVES, PAIR = (r'"\ud83d"', r'"\ude00"'), r'"\ud83d\ude00"'  # halves of a surrogate pair
+LONG_TEXTS = [quoted(character * 256) for character in ("x", "é", r"\u00e9", "\U0001f600", r"\n")]
+TWICE = ((map(quoted, "xyyz"), "1345"), (map(quoted, "xyza"), "1341"))  # a text, an id
+BAD_ADDED = [
+    *("1", "[]", "null", "{}", '{"x":1}', f"{ADDED},", f"{ADDED} {ADDED}", f"{ADDED},{ADDED}"),
+    *(ADDED.replace(part, "") for part in ('"text":"x",', '"id":3,', ',"normalized":false')),
+    *(ADDED.replace("special", name) for name in ("", "Special", "rstrip", "id", "content")),
+    *(ADDED.replace("{", "{" + more) for more in ('"id":3,', '"x":1,', '"rstrip":false,')),
+    *(added(quoted(text)) for text in ("", "x" * 257, r"\u00e9" * 257, "\U0001f600" * 257)),
+    *(added(text) for text in ("null", "5", '["x"]', "x", '{"x":1}')),
+    *(added(token=token) for token in ("-1", "270", "4294967299", "3.0", "true", '"3"', "null")),
+    *(added(flag=flag) for flag in ("null", "1", '"true"', "[]", "tru")),
+    *(",".join(map(added, texts, ids)) for texts, ids in TWICE),
+]
+BAD_LISTS = [
+    *("null", "1", "{}", '"1"', "[270]", "[-1]", "[1.0]", '["1"]', "[1,]", "[1", "[true]", "[[1]]"),
+    *("[null]", "[4294967296]", "[3,3,3,3,3,3,3,3,3,3]"),
+]
 BAD_VALUES: dict[str, list[str]] = {  # of the configuration, as JSON
     **{
         name: ["null", "0", "-1", "1.0", "true", '"8"', "[8]", "2147483648", "1" + "0" * 400, "01"]
@@ -732,10 +773,12 @@ BAD_VALUES: dict[str, list[str]] = {  # of the configuration, as JSON
     ],
     "bos_token_id": ["-1", "270", "4294967296", "1.0", "true", '"1"', "[1]"],
     "eos_token_ids": ["null", "1", "[270]", "[-1]", "[1,1]", "[1.0]", '["1"]', "[1,]", "[1", "{}"],
-    "special_tokens": ["null", "[]", '{"":1}', '{"x":270}', '{"x":-1}', '{"x":"1"}', '{"x":1,}'],
+    "added_tokens": ["null", "{}", "1", "[", *(f"[{tokens}]" for tokens in BAD_ADDED)],
+    "tokens_before": BAD_LISTS,
+    "tokens_after": BAD_LISTS,
     "n_merges": ["-1", "1.0", "true", '"8"', "2147483648", "0", "null", "9"],
     "n_token_bytes": ["null", "-1", "1.0", "false", "2147483648", "1", "1000000"],
-    "pre_tokenizer": ["null", '"gpt4"', "2"],
+    "pre_tokenizer": ["null", '"gpt4"', '""', "2", '["gpt2"]'],
     "generation": [
         *("null", "[]", "true", "{", '{"seed":1}', '{"":1}', '{"top_k":1,}', '{"top_k"}'),
         *('{"top_k":1,"top_k":1}', '{"top_k":1 "top_p":1}', '{"TOP_K":1}', '{"max_tokens":1}'),
@@ -756,17 +799,47 @@ BAD_VALUES: dict[str, list[str]] = {  # of the configuration, as JSON
     ],
 }
 GOOD_VALUES: dict[str, list[str]] = {
+    "added_tokens": [
+        f"[ {ADDED} ]",
+        *(f"[{added(text, '269', 'true')}]" for text in LONG_TEXTS),
+        f"[{added(HALVES[0])},{added(HALVES[1], '0')},{added(PAIR, '1')}]",
+        f"[{','.join(added(quoted('x' * n), str(n)) for n in range(1, 257))}]",
+    ],
+    "tokens_before": ["[]", "[0]", "[269,0,0,0,0,0,0,0,269]"],
+    "tokens_after": ["[ ]", "[269]", "[1,1,1,1,1,1,1,1,1]"],
+    "pre_tokenizer": ['"characters"', r'"gpt\u0032"'],
     "generation": [
         '{"temperature":1000000,"top_k":0,"top_p":1,"min_p":1.0}',
         '{ "max_length" : -0 , "max_new_tokens" : 0, "repetition_penalty" : 0.000001 }',
         f'{{"top_k":1{"0" * 400},"top_p":4.9E-324,"temperature":-0.0,"min_p":1e-999}}',
     ],
 }
+BAD_OLD_VALUES = {
+    "special_tokens": [
+        *(
+            "null",
+            "[]",
+            '{"":1}',
+            '{"x":270}',
+            '{"x":-1}',
+            '{"x":"1"}',
+            '{"x":1,}',
+            '{"x":1,"x":2}',
+        ),
+        *('{"x":1,"y":2,"z":1}', f'{{"{"x" * 257}":1}}'),
+    ],
+    "eos_token_id": ["-1", "270", "[1]", "true"],
+}
 BAD_SIZES = [  # good by themselves, but not the sizes of the tensors
     *(("vocab_size", "271"), ("vocab_size", "273"), ("n_positions", "10"), ("n_embd", "8")),
     *(("n_layer", "2"), ("n_layer", "4096"), ("n_inner", "20"), ("n_inner", "33"), ("n_head", "4")),
     *(("tie_word_embeddings", "true"), ("n_token_bytes", "290"), ("n_head", "12")),
 ]
+
+
+def with_text(header: dict[str, Any], config: str) -> dict[str, Any]:
+    """The header with another text of the configuration."""
+    return {**header, "__metadata__": {**header["__metadata__"], "config": config}}
 
 
 def with_value(header: dict[str, Any], name: str, value: str) -> str:
@@ -799,6 +872,17 @@ def bad_configs(header: dict[str, Any]) -> Iterator[str]:
         yield json.dumps({key: value for key, value in values.items() if key != name})
     for name, bad in (*BAD_VALUES.items(), *((name, [value]) for name, value in BAD_SIZES)):
         for value in bad:
+            yield with_value(header, name, value)
+
+
+def bad_old_configs(header: dict[str, Any]) -> Iterator[str]:
+    """The same for a header of version 1."""
+    text = header["__metadata__"]["config"]
+    for name in ("eos_token_ids", "added_tokens", "tokens_before", "tokens_after", "generation"):
+        yield text.replace("{", f'{{"{name}": {"{}" if name == "generation" else "[]"}, ', 1)
+    for name, values in BAD_OLD_VALUES.items():
+        yield text.replace(name, f"{name}s")
+        for value in values:
             yield with_value(header, name, value)
 
 
@@ -888,8 +972,10 @@ def test_hostile_headers(either: Command, small_path: Path, tmp_path: Path) -> N
     for content in bad_tensors(header, data):
         assert not check_as_python(either, path, content), unpack(path)
     for text in bad_configs(header):
-        changed = {**header, "__metadata__": {**header["__metadata__"], "config": text}}
-        assert not check_as_python(either, path, pack(changed, data)), text[:999]
+        assert not check_as_python(either, path, pack(with_text(header, text), data)), text[:999]
+    header = to_version_1(header)
+    for text in bad_old_configs(header):
+        assert not check_as_python(either, path, pack(with_text(header, text), data)), text[:999]
 
 
 def test_good_values(either: Command, small_path: Path, tmp_path: Path) -> None:
@@ -897,8 +983,7 @@ def test_good_values(either: Command, small_path: Path, tmp_path: Path) -> None:
     header, data = unpack(small_path)
     for name, values in GOOD_VALUES.items():
         for value in values:
-            config = with_value(header, name, value)
-            changed = {**header, "__metadata__": {**header["__metadata__"], "config": config}}
+            changed = with_text(header, with_value(header, name, value))
             assert check_as_python(either, tmp_path / "good.tg2", pack(changed, data)), value
 
 
@@ -922,7 +1007,7 @@ def test_unusual_but_good_headers(either: Command, small_path: Path, tmp_path: P
         json.dumps(entries),
         escaped,
         json.dumps({**version_1, "__metadata__": other}),
-        json.dumps({**version_1, "__metadata__": {**metadata, "config": spread}}),
+        json.dumps(with_text(version_1, spread)),
         json.dumps(version_1).replace("1e-05", "10.00E-6"),
     ):
         assert check_as_python(either, path, pack(text.encode(), data)), text[:999]
@@ -974,8 +1059,7 @@ def test_what_it_says_about_files(command: Command, small_path: Path, tmp_path: 
         ('"n_head": 2, ', "", "config: expected exactly the known names, found missing n_head"),
     ):
         assert old in config
-        metadata = {**header["__metadata__"], "config": config.replace(old, new)}
-        content = pack({**header, "__metadata__": metadata}, data)
+        content = pack(with_text(header, config.replace(old, new)), data)
         changes.append((lambda content=content: content, expected))  # type: ignore[misc]
     for write, expected in changes:
         path.write_bytes(write())

@@ -849,12 +849,15 @@ enum { /* its names, in the order of the table */
     TIED,
     PREFIX_SPACE,
     BOS,
-    EOS,
-    EOS_LIST,
     N_MERGES,
     N_TOKEN_BYTES,
-    SPECIAL_TOKENS,
     PRE_TOKENIZER,
+    EOS,            /* in version 1 only, and the next one */
+    SPECIAL_TOKENS,
+    EOS_LIST,       /* in version 2 only, and all that follow */
+    ADDED_TOKENS,
+    TOKENS_BEFORE,
+    TOKENS_AFTER,
     GENERATION,
     N_NAMES
 };
@@ -873,18 +876,39 @@ static const char *const config_names[N_NAMES] = {
     "tie_word_embeddings",
     "add_prefix_space",
     "bos_token_id",
-    "eos_token_id",  /* version 1 */
-    "eos_token_ids", /* version 2 */
     "n_merges",
     "n_token_bytes",
-    "special_tokens",
     "pre_tokenizer",
-    "generation", /* version 2 */
+    "eos_token_id",
+    "special_tokens",
+    "eos_token_ids",
+    "added_tokens",
+    "tokens_before",
+    "tokens_after",
+    "generation",
 };
 
 static const uint64_t size_limits[N_SIZES] = {1 << 24, 1 << 24, 1 << 17, 1 << 12, 1 << 12, 1 << 20};
 
 enum { NO_ID = -1 };
+enum { MAX_ADDED = 256 }; /* characters of an added token's text */
+
+/* Token ids in an array that grows. */
+typedef struct {
+    int64_t *ids; /* [n] */
+    size_t n;
+} id_list;
+
+static void add_id(id_list *list, int64_t id) {
+    list->ids = grow(list->ids, list->n, sizeof *list->ids);
+    list->ids[list->n++] = id;
+}
+
+/* A token whose text an encoder looks for in a text. It is only checked here. */
+typedef struct {
+    slice text;
+    int64_t id;
+} added_token;
 
 typedef struct {
     uint64_t sizes[N_SIZES];
@@ -894,9 +918,12 @@ typedef struct {
     bool scale_by_layer;
     bool tied;
     int64_t bos;        /* NO_ID: none */
-    int64_t *ends;      /* [n_ends]: the tokens that end a text; the first is end-of-text */
-    size_t n_ends;
-    int64_t highest_id; /* the highest of all token ids above and of special_tokens */
+    id_list ends;       /* the tokens that end a text; the first is end-of-text */
+    id_list before;     /* what an encoder puts before every text */
+    id_list after;      /* and behind it */
+    added_token *added; /* [n_added] */
+    size_t n_added;
+    int64_t highest_id; /* of all tokens above */
     bool has_tokenizer;
     uint64_t n_merges;
     uint64_t n_token_bytes;
@@ -971,46 +998,94 @@ static int64_t read_optional_id(json *j, config *c, int which) {
     return accept_word(j, "null") ? NO_ID : read_id(j, c, which);
 }
 
-static void add_end(config *c, int64_t id) {
-    c->ends = grow(c->ends, c->n_ends, sizeof *c->ends);
-    c->ends[c->n_ends++] = id;
-}
-
 /* Read the end token of version 1, which may be null. */
 static void read_end(json *j, config *c) {
     int64_t id = read_optional_id(j, c, EOS);
 
-    if (id != NO_ID) add_end(c, id);
+    if (id != NO_ID) add_id(&c->ends, id);
 }
 
-/* Read the list of end tokens of version 2. */
-static void read_ends(json *j, config *c) {
+/* Read a list of token ids. */
+static void read_ids(json *j, config *c, id_list *list, int which) {
     bool first = true;
 
     expect(j, '[');
-    while (next_item(j, ']', &first)) add_end(c, read_id(j, c, EOS_LIST));
+    while (next_item(j, ']', &first)) add_id(list, read_id(j, c, which));
 }
 
-/* An object of names and their tokens, which only an encoder needs. */
+/* How many characters a text has in which no character is cut off. */
+static size_t count_characters(slice text) {
+    size_t n = 0;
+
+    for (size_t i = 0; i < text.n; i++) n += ((unsigned char)text.text[i] & 0xC0) != 0x80;
+    return n;
+}
+
+/* Remember an added token, whose text must be neither empty nor long. */
+static void add_token(const json *j, config *c, int which, added_token token) {
+    size_t n = count_characters(token.text);
+
+    if (n == 0 || n > MAX_ADDED) {
+        line expected = format("texts of 1 to %d characters", MAX_ADDED);
+        refuse(j->path, field_of(which).text, expected.text, format("one of %zu", n).text);
+    }
+    c->added = grow(c->added, c->n_added, sizeof *c->added);
+    c->added[c->n_added++] = token;
+}
+
+/* Read the special tokens of version 1, an object of texts and their ids. */
 static void read_special_tokens(json *j, config *c) {
+    added_token token;
+    bool first = true;
+
+    expect(j, '{');
+    while (next_name(j, &first, &token.text)) {
+        token.id = read_id(j, c, SPECIAL_TOKENS);
+        add_token(j, c, SPECIAL_TOKENS, token);
+    }
+}
+
+/* Read an added token of version 2: text, id, and how an encoder looks for it. */
+static void read_added_token(json *j, config *c) {
+    enum { TEXT, ID, N_PARTS = 7 }; /* all others are true or false */
+    static const char *const names[N_PARTS] = {
+        "text", "id", "special", "lstrip", "rstrip", "single_word", "normalized",
+    };
+    line field = field_of(ADDED_TOKENS);
+    const char *expected = "text, id and five switches, each once";
+    added_token token = {.id = NO_ID};
+    bool seen[N_PARTS] = {false};
+    int n_seen = 0;
     bool first = true;
     slice name;
 
     expect(j, '{');
-    while (next_name(j, &first, &name)) {
-        if (name.n == 0) {
-            refuse(j->path, field_of(SPECIAL_TOKENS).text, "texts that are not empty", "one");
-        }
-        read_id(j, c, SPECIAL_TOKENS);
+    for (; next_name(j, &first, &name); n_seen++) {
+        int part = 0;
+        while (part < N_PARTS && !equal(name, names[part])) part++;
+        if (part == N_PARTS || seen[part]) refuse(j->path, field.text, expected, quote(name).text);
+        seen[part] = true;
+        if (part == TEXT) token.text = read_string(j);
+        else if (part == ID) token.id = read_id(j, c, ADDED_TOKENS);
+        else read_switch(j, ADDED_TOKENS);
     }
+    if (n_seen != N_PARTS) refuse(j->path, field.text, expected, "less");
+    add_token(j, c, ADDED_TOKENS, token);
 }
 
+static void read_added_tokens(json *j, config *c) {
+    bool first = true;
+
+    expect(j, '[');
+    while (next_item(j, ']', &first)) read_added_token(j, c);
+}
+
+/* Read how an encoder cuts a text. All kinds are decoded in the same way. */
 static void read_pre_tokenizer(json *j) {
     slice name = read_string(j);
 
-    if (!equal(name, "gpt2")) {
-        refuse(j->path, field_of(PRE_TOKENIZER).text, "'gpt2'", quote(name).text);
-    }
+    if (equal(name, "gpt2") || equal(name, "characters")) return;
+    refuse(j->path, field_of(PRE_TOKENIZER).text, "'gpt2' or 'characters'", quote(name).text);
 }
 
 static void read_merges(json *j, config *c) {
@@ -1075,7 +1150,16 @@ static void read_value(json *j, config *c, int which) {
             read_end(j, c);
             break;
         case EOS_LIST:
-            read_ends(j, c);
+            read_ids(j, c, &c->ends, which);
+            break;
+        case ADDED_TOKENS:
+            read_added_tokens(j, c);
+            break;
+        case TOKENS_BEFORE:
+            read_ids(j, c, &c->before, which);
+            break;
+        case TOKENS_AFTER:
+            read_ids(j, c, &c->after, which);
             break;
         case N_MERGES:
             read_merges(j, c);
@@ -1107,9 +1191,8 @@ static int find_config_name(slice name) {
 
 /* Whether a version of the format has a name. */
 static bool has_name(int version, int which) {
-    if (which == EOS) return version == 1;
-    if (which == EOS_LIST || which == GENERATION) return version == 2;
-    return true;
+    if (which < EOS) return true;
+    return version == (which < EOS_LIST ? 1 : 2);
 }
 
 /* Which values have been read must be all of the version's. */
@@ -1119,6 +1202,36 @@ static void check_names(const char *path, const bool *seen, int version) {
         line found = format("%s %s", seen[i] ? "unknown" : "missing", config_names[i]);
         refuse(path, "config", "exactly the known names", found.text);
     }
+}
+
+static int compare_texts(const void *left, const void *right) {
+    return compare_slices(((const added_token *)left)->text, ((const added_token *)right)->text);
+}
+
+static int compare_ids(const void *left, const void *right) {
+    int64_t a = ((const added_token *)left)->id;
+    int64_t b = ((const added_token *)right)->id;
+
+    return (a > b) - (a < b);
+}
+
+/* Sort the added tokens; no two of them may compare as equal. */
+static void sort_added(const char *path, const config *c,
+                       int (*compare)(const void *, const void *)) {
+    if (c->n_added) qsort(c->added, c->n_added, sizeof *c->added, compare);
+    for (size_t i = 1; i < c->n_added; i++) {
+        const added_token *token = &c->added[i];
+        if (compare(token - 1, token)) continue;
+        line found = format("%s with id %" PRId64 " again", quote(token->text).text, token->id);
+        refuse(path, field_of(ADDED_TOKENS).text, "each text and each id once", found.text);
+    }
+}
+
+/* The tokens around a text must fit into the positions. */
+static void check_length(const char *path, const config *c, const id_list *list, int which) {
+    if (list->n <= c->sizes[N_POSITIONS]) return;
+    line found = format("%zu", list->n);
+    refuse(path, field_of(which).text, "at most n_positions tokens", found.text);
 }
 
 /* Check values against each other. */
@@ -1131,6 +1244,10 @@ static void check_config(const char *path, const config *c) {
         line expected = format("token ids below %" PRIu64, c->sizes[VOCAB_SIZE]);
         refuse(path, "config", expected.text, format("%" PRId64, c->highest_id).text);
     }
+    check_length(path, c, &c->before, TOKENS_BEFORE);
+    check_length(path, c, &c->after, TOKENS_AFTER);
+    sort_added(path, c, compare_texts);
+    sort_added(path, c, compare_ids);
 }
 
 /* Read the configuration from the text in the metadata. */
@@ -1157,6 +1274,13 @@ static config read_config(const tensor_file *f, int version) {
     check_names(f->path, seen, version);
     check_config(f->path, &c);
     return c;
+}
+
+static void free_config(config *c) {
+    free(c->ends.ids);
+    free(c->before.ids);
+    free(c->after.ids);
+    free(c->added);
 }
 
 /* ---- 8. The model's tensors -------------------------------------------------------------------*/
@@ -1334,7 +1458,7 @@ typedef struct {
     tg_config config;
     vocabulary vocabulary;
     bool *ends;     /* [vocab_size]: whether a token ends a text */
-    int64_t start;  /* the token that an empty text begins with; NO_ID: none */
+    id_list start;  /* the tokens that an empty text begins with */
     chosen choices; /* the model's own values of options */
 } weight_file;
 
@@ -1359,14 +1483,26 @@ static tg_config kernel_config(const config *c) {
 static bool *mark_ends(const char *path, const config *c) {
     bool *ends = need(calloc(c->sizes[VOCAB_SIZE], sizeof *ends));
 
-    for (size_t i = 0; i < c->n_ends; i++) {
-        if (ends[c->ends[i]]) {
-            line found = format("%" PRId64 " twice", c->ends[i]);
+    for (size_t i = 0; i < c->ends.n; i++) {
+        int64_t id = c->ends.ids[i];
+        if (ends[id]) {
+            line found = format("%" PRId64 " twice", id);
             refuse(path, field_of(EOS_LIST).text, "different tokens", found.text);
         }
-        ends[c->ends[i]] = true;
+        ends[id] = true;
     }
     return ends;
+}
+
+/* The tokens that an empty text begins with: those before every text, or else begin-of-text, or
+ * else end-of-text, or none. */
+static id_list start_tokens(const config *c) {
+    id_list start = {NULL, 0};
+
+    for (size_t i = 0; i < c->before.n; i++) add_id(&start, c->before.ids[i]);
+    if (start.n == 0 && c->bos != NO_ID) add_id(&start, c->bos);
+    if (start.n == 0 && c->ends.n) add_id(&start, c->ends.ids[0]);
+    return start;
 }
 
 /* Map a .tg2 file and check all of its header. */
@@ -1397,10 +1533,10 @@ static weight_file open_weights(const char *path) {
         .config = kernel_config(&c),
         .vocabulary = v,
         .ends = mark_ends(path, &c),
-        .start = c.n_ends ? c.ends[0] : c.bos,
+        .start = start_tokens(&c),
         .choices = c.choices,
     };
-    free(c.ends);
+    free_config(&c);
     free(f.tensors);
     free(copy);
     return w;
@@ -1410,6 +1546,7 @@ static void close_weights(weight_file *w) {
     munmap((void *)w->map, w->size);
     free(w->offsets);
     free(w->ends);
+    free(w->start.ids);
 }
 
 /* The names of the instruction sets that can be used here, for an error message. */
@@ -1690,7 +1827,7 @@ static size_t count_ids(slice text) {
 
 /* Read token ids, which must be in the vocabulary; those beyond the positions of the model are only
  * checked. Returns memory for as many tokens as a text can have, which is one more. */
-static int32_t *read_ids(slice text, const tg_config *c) {
+static int32_t *read_prompt(slice text, const tg_config *c) {
     size_t room = (size_t)c->n_positions;
     int32_t *tokens = need(malloc((room + 1) * sizeof *tokens));
     slice rest = text;
@@ -1759,16 +1896,20 @@ static void print_token(generation *g, int32_t token) {
     flush_output();
 }
 
-/* Begin with the tokens of the prompt, or with end-of-text if there are none. */
+/* Begin with what an empty text begins with. */
+static void append_start(generation *g) {
+    const id_list *start = &g->file->start;
+
+    if (start->n == 0) {
+        fail(WRONG_USAGE, "prompt: it is empty, and the model has no end-of-text to start from");
+    }
+    for (size_t i = 0; i < start->n; i++) append_token(g, (int32_t)start->ids[i]);
+}
+
+/* Begin with the tokens of the prompt, or with the model's start tokens if there are none. */
 static void begin(generation *g, size_t n_prompt) {
     for (size_t i = 0; i < n_prompt; i++) append_token(g, g->tokens[i]);
-    if (n_prompt == 0) {
-        if (g->file->start == NO_ID) {
-            fail(WRONG_USAGE,
-                 "prompt: it is empty, and the model has no end-of-text to start from");
-        }
-        append_token(g, (int32_t)g->file->start);
-    }
+    if (n_prompt == 0) append_start(g);
     if (!g->print_text) return;
     /* The prompt may end inside a character, which has at most four bytes. */
     for (int32_t i = g->n < 4 ? 0 : g->n - 4; i < g->n; i++) add_text(g, g->tokens[i], false);
@@ -1815,7 +1956,7 @@ static generation new_generation(const weight_file *w, const settings *o, slice 
     if (o->text && !w->vocabulary.offsets) {
         fail_for_file(WRONG_USAGE, w->path, "no tokenizer inside: leave out --text to print ids");
     }
-    g.tokens = read_ids(ids, &w->config);
+    g.tokens = read_prompt(ids, &w->config);
     g.most = count_wanted(&c, n_prompt);
     check_room(n_prompt, &w->config);
     g.seen = need(malloc(vocab_size * sizeof *g.seen));
