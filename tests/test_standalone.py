@@ -406,10 +406,12 @@ def test_options_that_a_model_brings(
 def test_max_length_that_a_model_brings(
     command: Command, python: Python, toy_path: Path, tmp_path: Path
 ) -> None:
-    """It counts the prompt. A prompt that is too long is an error with the words of Python."""
+    """It counts the prompt, or the tokens that an empty one starts from. A prompt that is too long
+    is an error with the words of Python."""
     path = tmp_path / "m.tg2"
-    path.write_bytes(with_config(toy_path, {"generation": {"max_length": 3}}))
-    for ids, n_new in (("", 2), ("5", 2), ("5 6", 1)):
+    for ids, start, n_new in (("", [], 2), ("", [5, 6], 1), ("5", [5, 6], 2), ("5 6", [7], 1)):
+        changes = {"tokens_before": start, "generation": {"max_length": 3}}
+        path.write_bytes(with_config(toy_path, changes))
         line = ["--model", path, "--ids", ids, "--seed", 1]
         assert command(*line) == python(*line)
         assert len(command(*line).out.split()) == n_new
@@ -417,8 +419,9 @@ def test_max_length_that_a_model_brings(
         message = command.error(2, "--model", path, "--ids", ids)
         assert message.startswith("max_length: the model's own limit is 3 tokens")
         assert python("--model", path, "--ids", ids).err == f"tinygpt2: error: {message}\n"
-    for limit in (0, 1):
-        path.write_bytes(with_config(toy_path, {"generation": {"max_length": limit}}))
+    for limit, start in ((0, []), (1, []), (0, [5]), (2, [5, 6]), (2, [5, 6, 7])):
+        changes = {"tokens_before": start, "generation": {"max_length": limit}}
+        path.write_bytes(with_config(toy_path, changes))
         message = command.error(2, "--model", path, "--ids", "")
         assert python("--model", path, "--ids", "").err == f"tinygpt2: error: {message}\n"
 

@@ -1896,17 +1896,14 @@ static void print_token(generation *g, int32_t token) {
     flush_output();
 }
 
-/* Begin with what an empty text begins with. */
+/* Begin with the start tokens of the model. */
 static void append_start(generation *g) {
     const id_list *start = &g->file->start;
 
-    if (start->n == 0) {
-        fail(WRONG_USAGE, "prompt: it is empty, and the model has no end-of-text to start from");
-    }
     for (size_t i = 0; i < start->n; i++) append_token(g, (int32_t)start->ids[i]);
 }
 
-/* Begin with the tokens of the prompt, or with the model's start tokens if there are none. */
+/* Begin with the tokens of the prompt, or with the start tokens if there are none. */
 static void begin(generation *g, size_t n_prompt) {
     for (size_t i = 0; i < n_prompt; i++) append_token(g, g->tokens[i]);
     if (n_prompt == 0) append_start(g);
@@ -1927,20 +1924,26 @@ static tg_options kernel_options(const chosen *c, uint64_t seed) {
     };
 }
 
+/* How many tokens the text has at first: those of the prompt, or else the start tokens. */
+static size_t count_first(const weight_file *w, size_t n_prompt) {
+    if (n_prompt) return n_prompt;
+    if (w->start.n) return w->start.n;
+    fail(WRONG_USAGE, "prompt: it is empty, and the model has no end-of-text to start from");
+}
+
 /* How many tokens to generate at most: max_new_tokens if there is one, or else up to max_length,
- * which counts the prompt too. */
-static int64_t count_wanted(const chosen *c, size_t n_prompt) {
+ * which counts the n tokens that the text has at first. */
+static int64_t count_wanted(const chosen *c, size_t n) {
     int64_t limit = (int64_t)value_of(c, MAX_LENGTH);
-    int64_t n = n_prompt ? (int64_t)n_prompt : 1; /* an empty one gets a start token */
 
     if (c->is_set[MAX_TOKENS] || !c->is_set[MAX_LENGTH]) return (int64_t)value_of(c, MAX_TOKENS);
-    if (n >= limit) {
+    if ((int64_t)n >= limit) {
         fail(WRONG_USAGE,
              "max_length: the model's own limit is %" PRId64 " tokens, prompt included; "
-             "found %" PRId64 " in the prompt; pass max_new_tokens",
+             "found %zu in the prompt; pass max_new_tokens",
              limit, n);
     }
-    return limit - n;
+    return limit - (int64_t)n;
 }
 
 /* Check the prompt against the model, and make all that generating needs. */
@@ -1957,7 +1960,7 @@ static generation new_generation(const weight_file *w, const settings *o, slice 
         fail_for_file(WRONG_USAGE, w->path, "no tokenizer inside: leave out --text to print ids");
     }
     g.tokens = read_prompt(ids, &w->config);
-    g.most = count_wanted(&c, n_prompt);
+    g.most = count_wanted(&c, count_first(w, n_prompt));
     check_room(n_prompt, &w->config);
     g.seen = need(malloc(vocab_size * sizeof *g.seen));
     g.is_seen = need(calloc(vocab_size, sizeof *g.is_seen));
