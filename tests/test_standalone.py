@@ -350,7 +350,7 @@ def test_end_tokens_and_empty_prompts(
         start = before or [token for token in (bos, *ends[:1]) if token is not None][:1]
         if start:
             ours = command("--model", path, "--ids", "", "--seed", 1)
-            line = ["--ids", " ".join(map(str, start)), "--seed", 1]
+            line = ["--ids", " ".join(map(str, start)), "--seed", "1"]
             assert ours == command("--model", path, *line), (version, config)
         found.append(len(command("--model", path, *prompt).out.split()))
         expected.append(min([len(ids), *(ids.index(end) for end in ends if end in ids)]))

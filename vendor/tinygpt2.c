@@ -743,7 +743,7 @@ static const choice choices[N_CHOICES] = {
     {"max_new_tokens", true, 0, INT32_MAX, 200, "a whole number from 0"},
     {"temperature", false, 0, 1e6, 0.8, "a number from 0 to 1e6"},
     {"top_k", true, 0, INT32_MAX, 40, "a whole number from 0 (0: all tokens)"},
-    {"top_p", false, DBL_TRUE_MIN, 1, 1, "above 0, at most 1"},
+    {"top_p", false, DBL_TRUE_MIN, 1, 1, "above 0, at most 1"}, /* the least number above 0 */
     {"min_p", false, 0, 1, 0, "a number from 0 to 1"},
     {"repetition_penalty", false, 1e-6, 1e6, 1, "a number from 1e-6 to 1e6"},
     {"max_length", true, 0, INT32_MAX, INT32_MAX, "a whole number from 0"},
