@@ -58,6 +58,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
+    BinaryIO,
     Callable,
     Literal,
     NamedTuple,
@@ -282,27 +283,86 @@ class TensorFile:
             self.map.close()
 
 
-def map_file(path: str) -> mmap.mmap:
-    """Map a regular, non-empty file read-only."""
+CONVERT = "`python tinygpt2.py convert` makes a .tg2 file from a checkpoint"
+SAVE_AGAIN = "load it with what wrote it, save it as safetensors with its config.json, convert that"
+PICKLES = (
+    (rb"PK\x03\x04", "a zip archive, as PyTorch writes it", CONVERT),
+    (rb"\x80[\x02-\x05]", "a pickle, as PyTorch writes it", CONVERT),
+)
+OTHER_KINDS = (  # how files of other kinds begin, what they are, and what to do
+    (rb"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull` in its folder"),
+    (
+        rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)",
+        "a web page, saved in its place",
+        "fetch the file itself; `python tinygpt2.py download` does it",
+    ),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf", "a compressed file", "unpack it"),
+    (rb".{257}ustar", "a tar archive", "unpack it"),
+    (rb"PK\x03\x04.{26}\S{1,99}\.npy", "an archive of NumPy", SAVE_AGAIN),
+    *PICKLES,
+    (rb"\xc6\xd74\x01", "a checkpoint of llm.c", SAVE_AGAIN),
+    (rb"GGUF|tjgg|lmgg|fmgg", "a file of llama.cpp", SAVE_AGAIN),
+    (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes it", SAVE_AGAIN),
+    (rb"\x93NUMPY", "an array of NumPy", SAVE_AGAIN),
+    (rb"[\x81-\x8f]\xab?(transformer|.params)", "weights of Flax", SAVE_AGAIN),
+    (rb"\x08[\x03-\x1f][\x12\x1a\x22\x3a]", "a model of ONNX", SAVE_AGAIN),
+    (rb"\x08\x01\x12|model_checkpoint_path:", "a part of a TensorFlow model", SAVE_AGAIN),
+)
+
+
+def map_file(path: str, expected: str = "a .tg2 or .safetensors file") -> mmap.mmap:
+    """Map a regular, non-empty file read-only, unless its first bytes show that it is another."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would block, a directory cannot be mapped
-            raise FormatError(
-                path, "file", "a regular file", kind_of(status.st_mode), "name a file"
-            )
+            found, advice = kind_of(status.st_mode), f"name a file; {CONVERT}"
+            raise FormatError(path, "file", "a regular file", found, advice)
         if status.st_size == 0:
             raise FormatError(path, "file", "some content", "an empty file")
         with open(path, "rb") as file:
+            refuse_other_kinds(path, expected, file.read(512))
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
-        advice = "check the path"
-        raise MissingFileError(
-            path, "file", "a readable file", str(error.strerror), advice
-        ) from None
+        raise missing_file(path, str(error.strerror)) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path, or an emptied file
         reason = getattr(error, "strerror", None) or str(error)
         advice = "check the path and its permissions"
         raise FormatError(path, "file", "a readable file", reason, advice) from None
+
+
+def refuse_other_kinds(path: str, expected: str, head: bytes) -> None:
+    """`head` is how the file begins."""
+    kind = other_kind(head)
+    if kind is not None:
+        _, found, advice = kind
+        raise FormatError(path, "file", expected, found, advice)
+
+
+def other_kind(head: bytes) -> Optional[tuple[bytes, str, str]]:
+    """The entry of OTHER_KINDS for a file that begins so, or None."""
+    if head[4:9] == b"\0\0\0\0{":  # safetensors, whatever the length of its header looks like
+        return None
+    for kind in OTHER_KINDS:
+        if re.match(kind[0], head, re.DOTALL | re.IGNORECASE):
+            return kind
+    return None
+
+
+def missing_file(path: str, found: str) -> MissingFileError:
+    """A path that leads nowhere. The name of a model on the hub is no path."""
+    advice = "check the path"
+    if os.path.islink(path):
+        found, advice = "a link to a file that is not there", "copy the file, not the link"
+    elif is_hub_name(path):
+        advice = f"check the path; `python tinygpt2.py download {path}` fetches a model of the hub"
+    return MissingFileError(path, "file", "a readable file", found, advice)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this could be "gpt2" or "owner/name", and hardly the path of a file."""
+    if os.path.isdir(os.path.dirname(path)) or re.search(r"\.[a-z]\w+$", path):
+        return False
+    return re.fullmatch(r"([\w-]+/)?[\w-][\w.-]*", path, re.ASCII) is not None
 
 
 def kind_of(mode: int) -> str:
@@ -330,6 +390,8 @@ def header_length(path: str, data: Data) -> int:
     if len(data) < 8:
         raise FormatError(path, "header length", "8 bytes", f"a file of {len(data)} bytes")
     length: int = struct.unpack("<Q", data[:8])[0]
+    if length > MAX_HEADER and data[:1] == b"{":
+        raise FormatError(path, "header length", "8 bytes", "a file of JSON", CONVERT)
     if length > MAX_HEADER:
         raise FormatError(path, "header length", f"at most {MAX_HEADER}", str(length))
     if length > len(data) - 8:
@@ -451,7 +513,7 @@ def write_tensors(
 
     `data` is the data section in the order of `entries`, in pieces of any size. The file is
     written beside its target, synced, read back, given to `check`, and then renamed. A crash
-    leaves the old file or the new one.
+    leaves the old file or the new one. A target that is a link stays one.
     """
     if "\0" in path:
         raise cannot_write(path, "a path with a null byte")
@@ -459,21 +521,23 @@ def write_tensors(
         raise cannot_write(path, "Is a directory")
     if os.path.exists(path) and not os.path.isfile(path):
         raise cannot_write(path, "it exists and is not a regular file")
-    temporary = f"{path}.{os.getpid()}-{os.urandom(3).hex()}.tmp"
     try:
-        write_content(temporary, entries, data, metadata, progress)
-        with contextlib.closing(TensorFile(temporary)) as written:
-            if written.checksum() != written.metadata["crc32"]:
-                raise OSError("the disk gives back other data than was written")
-            check(written)
-        os.replace(temporary, path)
+        target = os.path.realpath(path)
+        if os.path.islink(target):
+            raise OSError("a link that leads back to itself")
+        with temporary_file(target) as (file, temporary):
+            write_content(file, entries, data, metadata, progress)
+            with contextlib.closing(TensorFile(temporary)) as written:
+                if written.checksum() != written.metadata["crc32"]:
+                    raise OSError("the disk gives back other data than was written")
+                check(written)
+            if os.name == "nt":  # where an open file cannot be renamed
+                file.close()
+            os.replace(temporary, target)
     except (OSError, UnicodeError) as error:
         if isinstance(error, TinyGPT2Error):
             raise
         raise cannot_write(path, getattr(error, "strerror", None) or str(error)) from None
-    finally:
-        with contextlib.suppress(OSError, UnicodeError):
-            os.unlink(temporary)
 
 
 def cannot_write(path: str, reason: str) -> TinyGPT2Error:
@@ -481,28 +545,80 @@ def cannot_write(path: str, reason: str) -> TinyGPT2Error:
     return TinyGPT2Error(f"{show_path(path)}: cannot write: {reason} ({advice})")
 
 
+# A process that is killed leaves its temporary file. The next one that writes to the same target
+# removes it. A file that is still written is locked; the system drops a lock when its process ends.
+
+
+@contextlib.contextmanager
+def temporary_file(target: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A new, locked file beside the target, and its path. It is removed if it is still there."""
+    remove_leftovers(target)
+    while True:
+        path = f"{target}.{os.getpid()}-{os.urandom(3).hex()}.tmp"
+        try:
+            with open(path, "xb") as file:
+                lock(file, wait=True)
+                if os.path.exists(path):  # else another process locked and removed it first
+                    yield file, path
+                    return
+        finally:
+            with contextlib.suppress(OSError, UnicodeError):
+                os.unlink(path)
+
+
+def remove_leftovers(target: str) -> None:
+    """Remove the temporary files of this target that no process is writing."""
+    folder, name = os.path.split(target)
+    pattern = re.compile(re.escape(name) + r"\.\d+-[0-9a-f]{6}\.tmp")
+    with contextlib.suppress(OSError):
+        for found in filter(pattern.fullmatch, os.listdir(folder)):
+            remove_unlocked(os.path.join(folder, found))
+
+
+def remove_unlocked(path: str) -> None:
+    """Remove a regular file, unless a process has it locked (on Windows: open)."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return
+        if os.name == "nt":
+            os.unlink(path)
+            return
+        with open(path, "r+b") as file:
+            if lock(file, wait=False):
+                os.unlink(path)
+
+
+def lock(file: BinaryIO, wait: bool) -> bool:
+    """Lock a file until it is closed. False if another has it locked, or nothing can be locked."""
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return False
+    return True
+
+
 def write_content(
-    path: str,
+    file: BinaryIO,
     entries: dict[str, Entry],
     data: Iterable[bytes],
     metadata: dict[str, str],
     progress: Optional[Progress],
 ) -> None:
     """The header with an empty checksum, the data, then the header again with the right one."""
-    with open(path, "xb") as file:
-        header = make_header(entries, {**metadata, "crc32": NO_CRC})
-        total = len(header) + sum(byte_size(*entry) for entry in entries.values())
-        file.write(header)
-        crc = 0
-        for piece in data:
-            file.write(piece)
-            crc = zlib.crc32(piece, crc)
-            if progress:
-                progress("writing", file.tell(), total)
-        file.seek(0)
-        file.write(make_header(entries, {**metadata, "crc32": f"{crc:08x}"}))
-        file.flush()
-        os.fsync(file.fileno())
+    header = make_header(entries, {**metadata, "crc32": NO_CRC})
+    total = len(header) + sum(byte_size(*entry) for entry in entries.values())
+    file.write(header)
+    crc = 0
+    for piece in data:
+        file.write(piece)
+        crc = zlib.crc32(piece, crc)
+        if progress:
+            progress("writing", file.tell(), total)
+    file.seek(0)
+    file.write(make_header(entries, {**metadata, "crc32": f"{crc:08x}"}))
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def make_header(entries: dict[str, Entry], metadata: dict[str, str]) -> bytes:
@@ -815,8 +931,8 @@ def from_version_1(path: str, values: dict[str, Any]) -> dict[str, Any]:
 def check_version(file: TensorFile) -> str:
     name, version = file.metadata.get("format"), file.metadata.get("format_version")
     if name != FORMAT:
-        advice = "`python tinygpt2.py convert` makes a .tg2 file from a checkpoint"
-        raise FormatError(file.path, "__metadata__ format", repr(FORMAT), quote(name), advice)
+        found = f"{quote(name)}, as in a checkpoint"
+        raise FormatError(file.path, "__metadata__ format", repr(FORMAT), found, CONVERT)
     if version not in ("1", FORMAT_VERSION):
         advice = "convert the checkpoint again, or use the tinygpt2 that wrote the file"
         field, expected = "__metadata__ format_version", f"'1' or {FORMAT_VERSION!r}"
@@ -3507,7 +3623,8 @@ EPILOG = """examples:
 Without a prompt, at a terminal, it asks for one: Ctrl-C stops an answer, an empty line continues
 it, Ctrl-D leaves. `python tinygpt2.py COMMAND --help` explains a command.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C, 143 and 129 by SIGTERM and
+SIGHUP.
 """
 
 
@@ -3521,9 +3638,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         if sys.stdout is None:
             raise OSError("standard output is closed")
-        code = run_arguments(arguments)
-        sys.stdout.flush()
-        return code
+        with ending_by_signals():
+            code = run_arguments(arguments)
+            sys.stdout.flush()
+            return code
     except TinyGPT2Error as error:
         print_error(error)
         return 2 if isinstance(error, InputError) else 1
@@ -3536,6 +3654,29 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         drop_output()
         print_error(str(failure) or "out of memory")
         return 1
+
+
+@contextlib.contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program, so that it leaves nothing behind.
+
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
+    signal: Any = importlib.import_module("signal")
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def print_error(error: object) -> None:
@@ -3924,7 +4065,9 @@ def run_convert(options: argparse.Namespace) -> None:
 
 def run_download(options: argparse.Namespace) -> None:
     out = options.out or options.name.rpartition("/")[2] + ".tg2"
-    download(options.name, out, options.revision, progress_bar())
+    bar = progress_bar()
+    fetch = load_companion("convert").download
+    fetch(options.name, out, options.revision, bar, bars=bar is not None)
 
 
 def run_score(options: argparse.Namespace) -> None:

