@@ -1,38 +1,41 @@
-"""`download` against web servers on this machine that answer as the Hugging Face hub does."""
+"""`download` against a web server on this machine that answers as the Hugging Face hub does.
+
+The server is our own; what asks it is the package huggingface_hub, which reads its settings when
+it is imported. So each download runs in a process of its own.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
-import socket
 import struct
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import (
-    END,
-    read_safetensors,
-    run_python,
-    toy_tokenizer,
-    write_checkpoint,
-    write_safetensors,
-)
+from conftest import ROOT, read_safetensors, write_checkpoint, write_safetensors
 
 import tinygpt2
 
-pytestmark = pytest.mark.slow
+needs_hub = pytest.mark.skipif(
+    importlib.util.find_spec("huggingface_hub") is None, reason="needs huggingface_hub"
+)
+pytestmark = [pytest.mark.slow, needs_hub]
 
 NAME = "owner/name"
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -41,179 +44,144 @@ INDEX = WEIGHTS + ".index.json"
 
 
 @dataclass
-class Page:
-    """What a server answers under one path, and what goes wrong before that."""
-
-    content: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)  # one that is "" is not sent
-    failures: list[int] = field(default_factory=list)  # the status of the next answers
-    breaks: list[tuple[int, str]] = field(default_factory=list)  # the next ones end so early, and:
+class Refusal:
+    status: int
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b"{}"
 
 
-@dataclass
-class Request:
-    method: str
-    path: str
-    headers: Mapping[str, str]
-
-
-class Site(ThreadingHTTPServer):
-    """A web server on a free port, in threads; it keeps the requests that it got."""
+class Hub(ThreadingHTTPServer):
+    """A hub on a free port: models by name, each a folder with one commit."""
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, home: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.pages: dict[str, Page] = {}
-        self.requests: list[Request] = []
-        self.knows_ranges = True
-        self.knows_head = True
-        self.closing = threading.Event()
+        self.home = home
+        self.models: dict[tuple[str, str], Path] = {}  # by name and revision
+        self.moved: dict[str, str] = {}
+        self.refusals: dict[str, Refusal] = {}  # by the start of a path
+        self.requests: list[tuple[str, str, Any]] = []  # method, path, headers
         self.thread = threading.Thread(target=self.serve_forever, args=[0.01])
         self.thread.start()
 
+    def publish(self, folder: Path, name: str = NAME, revision: str = "main") -> None:
+        for known in (revision, COMMIT):
+            self.models[name, known] = folder
+
     def stop(self) -> None:
-        self.closing.set()
         self.shutdown()
         self.thread.join()
         self.server_close()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is nothing to report."""
+    def fetched(self) -> set[str]:
+        """The names of the files that were sent."""
+        gets = [path for method, path, _ in self.requests if method == "GET"]
+        return {path.rpartition("/")[2] for path in gets if "/resolve/" in path}
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """That of a process which knows this hub alone, and an empty cache."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        return {
+            **kept,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(self.home),
+            "NO_PROXY": "*",
+            "PYTHONPATH": str(Path(tinygpt2.__file__).parent),
+            **more,
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Site
+    server: Hub
 
     def do_GET(self) -> None:
-        self.answer()
+        path = urlsplit(self.path).path
+        self.server.requests.append((self.command, unquote(path), self.headers))
+        for start, refusal in self.server.refusals.items():
+            if unquote(path).startswith(start):
+                self.send(refusal.status, refusal.body, refusal.headers)
+                return
+        for old, new in self.server.moved.items():
+            if path.startswith((f"/{old}/", f"/api/models/{old}/")):
+                self.send(307, b"", {"Location": self.path.replace(old, new, 1)})
+                return
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self.describe(parts[2:])
+        elif "resolve" in parts:
+            self.send_file(parts)
+        else:
+            self.send(404, b"{}")
 
     def do_HEAD(self) -> None:
-        self.answer()
+        self.do_GET()
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
 
-    def answer(self) -> None:
-        self.server.requests.append(Request(self.command, self.path, dict(self.headers)))
-        page = self.server.pages.get(self.path, Page(b"Entry not found", 404))
-        if self.command == "HEAD" and not self.server.knows_head:
-            page = Page(status=403)
-        if page.failures:
-            page = Page(b"no", page.failures.pop(0))
-        first = self.first_byte() if page.status == 200 else 0
-        self.send_response(206 if first else page.status)
-        headers = {"Content-Length": str(len(page.content) - first), **page.headers}
-        for name in filter(headers.get, headers):
-            self.send_header(name, headers[name])
+    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.send_body(page, first)
+            self.wfile.write(body)
 
-    def first_byte(self) -> int:
-        asked = self.headers.get("Range", "bytes=0-")
-        return int(asked[len("bytes=") : -1]) if self.server.knows_ranges else 0
-
-    def send_body(self, page: Page, first: int) -> None:
-        if not page.breaks:
-            self.wfile.write(page.content[first:])
+    def describe(self, parts: list[str]) -> None:
+        """/api/models/NAME/revision/REVISION, or .../tree/REVISION"""
+        verb = "revision" if "revision" in parts else "tree"
+        place = parts.index(verb)
+        folder = self.folder("/".join(parts[:place]), unquote(parts[place + 1]))
+        if folder is None:
             return
-        count, way = page.breaks.pop(0)
-        self.wfile.write(page.content[first : first + count])
-        if way == "silence":
-            self.server.closing.wait(30)
-        if way == "reset":
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            os.close(self.connection.detach())
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        if verb == "revision":
+            siblings = [{"rfilename": path.name} for path in files]
+            answer: object = {"id": NAME, "sha": COMMIT, "siblings": siblings}
+        else:
+            answer = [
+                {"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
+                for path in files
+            ]
+        self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
+    def folder(self, name: str, revision: str) -> Path | None:
+        """That of a model; else the answer that says what is not there."""
+        if (name, revision) in self.server.models:
+            return self.server.models[name, revision]
+        if any(name == known for known, _ in self.server.models):
+            self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        return None
 
-@dataclass
-class Hub:
-    """The hub itself has the small files, and sends everybody elsewhere for the weights."""
-
-    front: Site
-    storage: Site
-
-    def publish(self, folder: Path, name: str = NAME, revision: str = "main") -> None:
-        for path in folder.iterdir():
-            place = f"/{name}/resolve/{quote(revision, safe='')}/{quote(path.name)}"
-            content = path.read_bytes()
-            if path.suffix == ".safetensors":
-                self.front.pages[place] = self.store(content)
-            else:
-                tag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-                self.front.pages[place] = Page(content, headers={"ETag": f'"{tag}"'})
-
-    def store(self, content: bytes) -> Page:
+    def send_file(self, parts: list[str]) -> None:
+        """/NAME/resolve/REVISION/FILE"""
+        place = parts.index("resolve")
+        folder = self.folder("/".join(parts[:place]), unquote(parts[place + 1]))
+        if folder is None:
+            return
+        path = folder / unquote(parts[place + 2])
+        if not path.is_file():
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return
+        content = path.read_bytes()
         tag = hashlib.sha256(content).hexdigest()
-        self.storage.pages["/" + tag] = Page(content, headers={"ETag": '"of the storage"'})
-        headers = {
-            "Location": f"{self.storage.url}/{tag}",
-            "X-Linked-Etag": f'"{tag}"',
-            "X-Linked-Size": str(len(content)),
-        }
-        return Page(b"Found. Redirecting to the storage", 302, headers)
-
-    def page(self, file: str, name: str = NAME) -> Page:
-        return self.front.pages[f"/{name}/resolve/main/{file}"]
-
-    @property
-    def weights(self) -> Page:
-        (page,) = self.storage.pages.values()
-        return page
-
-    @property
-    def ranges(self) -> list[str | None]:
-        """What the storage was asked for."""
-        return [request.headers.get("Range") for request in self.storage.requests]
+        self.send(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
 
 
 @pytest.fixture
-def converter(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """vendor/convert.py, loaded once, so that a test can change its constants."""
-    module = tinygpt2.load_companion("convert")
-    monkeypatch.setattr(tinygpt2, "load_companion", lambda name: module)
-    monkeypatch.setattr(module, "ATTEMPTS", 2)
-    monkeypatch.setattr(module, "PAUSE", 0.01)
-    return module
-
-
-@pytest.fixture
-def hub(tmp_path: Path, converter: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty hub, in an environment that names no other hub and no cache."""
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    hub = Hub(Site(), Site())
-    hub.storage.knows_head = False
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_ENDPOINT", hub.front.url)
-    monkeypatch.setenv("no_proxy", "*")
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    hub = Hub(tmp_path / "home")
     yield hub
-    hub.front.stop()
-    hub.storage.stop()
+    hub.stop()
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture(scope="module")
-def other_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the same shape; every file is another one."""
-    folder = tmp_path_factory.mktemp("other")
-    write_checkpoint(folder, {"layer_norm_epsilon": 0.01}, seed=1, tokenizer=False)
-    vocab, merges = toy_tokenizer(["a b", "c d"])
-    (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
-    (folder / "merges.txt").write_text("\n".join(merges), "utf-8")
-    return folder
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out" / "model.tg2"
 
 
 def converted(folder: Path) -> bytes:
@@ -222,16 +190,23 @@ def converted(folder: Path) -> bytes:
     return out.read_bytes()
 
 
-def left_behind(out: Path) -> dict[str, int]:
-    """The names and sizes of what lies beside the file that was asked for."""
-    return {path.name: path.stat().st_size for path in out.parent.rglob("*") if path.is_file()}
+def download(hub: Hub, out: Path, *arguments: str, **environ: str) -> tuple[int, str, str]:
+    """The command, in a process of its own: exit code, standard output, standard error."""
+    command = [sys.executable, str(ROOT / "tinygpt2.py"), "download", *arguments, "-o", str(out)]
+    done = subprocess.run(
+        command, env=hub.environment(**environ), capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
-def fails(out: Path, pattern: str, name: str = NAME) -> None:
-    """A download fails, with a message, and leaves no model."""
-    with pytest.raises(tinygpt2.DownloadError, match=pattern):
-        tinygpt2.download(name, out)
+def fails(hub: Hub, out: Path, *arguments: str, **environ: str) -> str:
+    """A download fails with one line, which is returned, and writes nothing."""
+    code, printed, line = download(hub, out, *(arguments or (NAME,)), **environ)
+    assert (code, printed) == (1, ""), line
+    assert line.startswith("tinygpt2: error: "), line
+    assert line.count("\n") == 1, line
     assert not out.exists()
+    return line
 
 
 # ------------------------------------------------------------------------------------------------
@@ -239,458 +214,127 @@ def fails(out: Path, pattern: str, name: str = NAME) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value), "utf-8")
-
-
-def change_nothing(folder: Path) -> None:
-    """As `write_checkpoint` makes it: vocab.json, merges.txt, weights in one file."""
-
-
-def drop_tokenizer(folder: Path) -> None:
-    (folder / "vocab.json").unlink()
-    (folder / "merges.txt").unlink()
-
-
-def add_tokenizer_json(folder: Path) -> None:
-    vocab, merges = toy_tokenizer()
-    names = {**{END: vocab[END]}, "<extra>": len(vocab)}
-    tokenizer = {
-        "added_tokens": [{"content": name, "id": token} for name, token in names.items()],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-    }
-    write_json(folder / "tokenizer.json", tokenizer)
-
-
-def only_tokenizer_json(folder: Path) -> None:
-    drop_tokenizer(folder)
-    add_tokenizer_json(folder)
-
-
-def add_tokenizer_config(folder: Path) -> None:
-    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})
-
-
-def add_added_tokens(folder: Path) -> None:
-    write_json(folder / "added_tokens.json", {"<extra>": 265})
-
-
 def cut_into_shards(folder: Path) -> None:
     _, tensors = read_safetensors(folder / WEIGHTS)
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    shards = ["model-00001-of-00002.safetensors", "model [*] 00002-of-00002.safetensors"]
     places = {name: shards[i % 2] for i, name in enumerate(sorted(tensors))}
     for shard in shards:
         write_safetensors(
             folder / shard, {name: tensors[name] for name in tensors if places[name] == shard}
         )
-    write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}), "utf-8")
     (folder / WEIGHTS).unlink()
 
 
-def give_a_shard_an_odd_name(folder: Path) -> None:
-    """One that cannot stand in a URL as it is."""
-    odd = "50% of it? #1.safetensors"
-    (folder / WEIGHTS).rename(folder / odd)
-    write_json(folder / INDEX, {"weight_map": {"wte.weight": odd}})
+def only_needed_files(folder: Path) -> None:
+    """The others are not asked for."""
+    for name in ("README.md", "tf_model.h5", "pytorch_model.bin", "onnx.onnx", "training_args.bin"):
+        (folder / name).write_bytes(b"not needed")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        change_nothing,
-        drop_tokenizer,
-        only_tokenizer_json,
-        add_tokenizer_json,
-        add_tokenizer_config,
-        add_added_tokens,
-        cut_into_shards,
-        give_a_shard_an_odd_name,
-    ],
-)
-def test_download_equals_conversion(
-    hub: Hub, source: Path, tmp_path: Path, out: Path, change: Any
-) -> None:
+@pytest.mark.parametrize("change", [cut_into_shards, only_needed_files])
+def test_download_equals_conversion(hub: Hub, source: Path, tmp_path: Path, change: Any) -> None:
     folder = shutil.copytree(source, tmp_path / "checkpoint")
+    wanted = {path.name for path in folder.iterdir()}
     change(folder)
+    if change is cut_into_shards:
+        wanted = {path.name for path in folder.iterdir()}
     hub.publish(folder)
-    seen: list[tuple[str, int, int]] = []
-    tinygpt2.download(NAME, out, progress=lambda *step: seen.append(step))
+    out = tmp_path / "out.tg2"
+    assert download(hub, out, NAME) == (0, "", "")
     assert out.read_bytes() == converted(folder)
-    assert set(left_behind(out)) == {out.name}
-    labels = {label for label, _, _ in seen}
-    assert labels > {"writing", "config.json"}
-    weights = {path.stat().st_size for path in folder.glob("*.safetensors")}
-    assert weights <= {total for _, done, total in seen if done == total}
-    assert all(0 < done <= total for _, done, total in seen)
+    assert hub.fetched() == wanted
 
 
-@pytest.mark.parametrize("slash", ["", "/"])
-@pytest.mark.parametrize("name", ["name", "owner/name", "127.0.0.1", "A.b-c_1/2"])
-def test_names_and_endpoints(
-    hub: Hub, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, name: str, slash: str
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", hub.front.url + slash)
-    hub.publish(source, name)
-    tinygpt2.download(name, out)
+def test_revision(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.publish(source, revision="refs/pr/1")
+    out = tmp_path / "out.tg2"
+    assert download(hub, out, NAME, "--revision", "refs/pr/1") == (0, "", "")
     assert out.read_bytes() == converted(source)
 
 
-@pytest.mark.parametrize("revision", ["v1.0", "0a1b2c3d", "refs/pr/1"])
-def test_revisions(hub: Hub, source: Path, out: Path, revision: str) -> None:
-    """One with slashes is one part of the path, as the hub's own library writes it."""
-    hub.publish(source, revision=revision)
-    tinygpt2.download(NAME, out, revision)
-    assert out.read_bytes() == converted(source)
-
-
-@pytest.mark.parametrize("header", ["Content-Length", "ETag"])
-def test_server_that_tells_less(hub: Hub, source: Path, out: Path, header: str) -> None:
-    hub.publish(source)
-    for file in ("config.json", "vocab.json"):
-        hub.page(file).headers[header] = ""
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-
-
-def test_renamed_repository(hub: Hub, source: Path, out: Path) -> None:
-    """The hub answers for the old name with a redirect to a path of its own."""
-    hub.publish(source, "openai-community/gpt2")
-    for path in [*hub.front.pages]:
-        old = path.replace("openai-community/", "")
-        hub.front.pages[old] = Page(b"moved", 307, {"Location": path})
-    tinygpt2.download("gpt2", out)
-    assert out.read_bytes() == converted(source)
-
-
-# ------------------------------------------------------------------------------------------------
-# Broken connections
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["end", "reset", "silence"])
-def test_broken_connection_is_taken_up_again(
-    hub: Hub, source: Path, out: Path, converter: Any, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    monkeypatch.setattr(converter, "TIMEOUT", 0.5)
-    hub.publish(source)
-    half = len(hub.weights.content) // 2
-    hub.weights.breaks = [(half, way)]
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    first, second = hub.ranges
-    assert first is None
-    assert second == f"bytes={half}-" or way != "end"  # else the last block may be lost
-
-
-@pytest.mark.parametrize("way", ["end", "reset", "silence"])
-def test_message_says_how_much_arrived(
-    hub: Hub, source: Path, out: Path, converter: Any, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    monkeypatch.setattr(converter, "TIMEOUT", 0.5)
-    hub.publish(source)
-    hub.weights.breaks = [(1000, way)] * 2
-    fails(out, rf"{WEIGHTS}.*\b\d+ of {len(hub.weights.content)} bytes.*run the same again")
-
-
-def test_next_call_goes_on(hub: Hub, source: Path, out: Path) -> None:
-    hub.publish(source)
-    hub.weights.breaks = [(1000, "end"), (500, "end")]
-    fails(out, f"1500 of {len(hub.weights.content)} bytes after 2 attempts")
-    assert 1500 in left_behind(out).values()
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    assert hub.ranges == [None, "bytes=1000-", "bytes=1500-"]
-    assert set(left_behind(out)) == {out.name}
-
-
-def test_server_without_ranges(hub: Hub, source: Path, out: Path) -> None:
-    hub.publish(source)
-    hub.storage.knows_ranges = False
-    hub.weights.breaks = [(1000, "end")]
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    assert hub.ranges == [None, "bytes=1000-"]
-
-
-def test_file_that_arrived_whole_is_not_fetched_again(
-    hub: Hub, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped after the last byte and before the check, by a full disk or a user."""
-    hub.publish(source)
-
-    def stop(label: str, done: int, total: int) -> None:
-        if label == WEIGHTS and done == total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tinygpt2.download(NAME, out, progress=stop)
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    assert hub.ranges == [None]
-
-
-@pytest.mark.parametrize("again", ["changed", "other name"])
-def test_what_another_download_left_is_not_used(
-    hub: Hub, source: Path, other_source: Path, out: Path, again: str
-) -> None:
-    """Files of two models must never be mixed, though they would fit together."""
-    hub.publish(source)
-    hub.weights.breaks = [(1000, "end")] * 2
-    fails(out, "2000 of")
-    name = NAME if again == "changed" else "other/name"
-    hub.publish(other_source, name)
-    tinygpt2.download(name, out)
-    assert out.read_bytes() == converted(other_source)
-    assert hub.ranges == [None, "bytes=1000-", None]
-
-
-def test_unreachable_endpoint(hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
-    fails(out, f"127.0.0.1:{port}.*refused")
-
-
-@pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://[", "foo://x", "http://a b"])
-def test_endpoint_that_is_none(
-    hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    fails(out, "config.json")
-
-
-# ------------------------------------------------------------------------------------------------
-# Refusals
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("status", "pattern"),
-    [
-        (401, "check the name.*HF_TOKEN"),
-        (403, "HF_TOKEN"),
-        (404, "check the name"),
-        (410, "410"),
-        (416, "416"),
-    ],
-)
-def test_refusal_is_final(hub: Hub, source: Path, out: Path, status: int, pattern: str) -> None:
-    """The hub answers 401 for a repository that does not exist, too."""
-    hub.publish(source)
-    hub.page("config.json").failures = [status]
-    fails(out, f"{NAME}/resolve/main/config.json.*{pattern}")
-    assert len(hub.front.requests) == 1
-
-
-@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-def test_overloaded_server_is_asked_again(hub: Hub, source: Path, out: Path, status: int) -> None:
-    hub.publish(source)
-    hub.page("vocab.json").failures = [status]
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-
-
-@pytest.mark.parametrize("status", [429, 500])
-def test_overloaded_server_is_left_in_the_end(
-    hub: Hub, source: Path, out: Path, status: int
-) -> None:
-    hub.publish(source)
-    hub.weights.failures = [status] * 2
-    fails(out, f"{WEIGHTS}.*{status}.*2 attempts")
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-
-
-@pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
-def test_missing_file(hub: Hub, source: Path, out: Path, missing: str) -> None:
-    """Without weights in one file the index of shards is looked for."""
-    hub.publish(source)
-    del hub.front.pages[f"/{NAME}/resolve/main/{missing}"]
-    fails(out, INDEX if missing == WEIGHTS else missing)
-
-
-def test_missing_shard(hub: Hub, source: Path, tmp_path: Path, out: Path) -> None:
-    folder = shutil.copytree(source, tmp_path / "checkpoint")
-    cut_into_shards(folder)
-    hub.publish(folder)
-    del hub.front.pages[f"/{NAME}/resolve/main/model-00002-of-00002.safetensors"]
-    fails(out, "model-00002-of-00002.safetensors: there is no such file")
-
-
-@pytest.mark.parametrize("shard", ["../config.json", "/etc/passwd", "a/b", "..", ""])
-def test_shard_elsewhere(hub: Hub, source: Path, tmp_path: Path, out: Path, shard: str) -> None:
-    folder = shutil.copytree(source, tmp_path / "checkpoint")
-    (folder / WEIGHTS).unlink()
-    write_json(folder / INDEX, {"weight_map": {"wte.weight": shard}})
-    hub.publish(folder)
-    with pytest.raises(tinygpt2.FormatError, match="weight_map"):
-        tinygpt2.download(NAME, out)
-    assert not out.exists()
-    assert all(request.path.rpartition("/")[2] != "passwd" for request in hub.front.requests)
-
-
-@pytest.mark.parametrize("file", ["vocab.json", WEIGHTS])
-def test_wrong_hash(hub: Hub, source: Path, out: Path, file: str) -> None:
-    hub.publish(source)
-    page = hub.weights if file == WEIGHTS else hub.page(file)
-    page.content, good = page.content[:-1] + b"?", page.content
-    fails(out, f"{file}.*hash.*[0-9a-f]{{40}}")
-    assert not any(name.startswith(file) for name in left_behind(out))
-    page.content = good
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-
-
-def test_more_bytes_than_announced(hub: Hub, source: Path, out: Path) -> None:
-    hub.publish(source)
-    announced = len(hub.weights.content)
-    hub.weights.content += b"and more"
-    fails(out, f"{WEIGHTS}.*more than the announced {announced} bytes")
-    hub.weights.content = hub.weights.content[:announced]
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-
-
-def test_another_architecture(hub: Hub, tmp_path: Path, out: Path) -> None:
-    """It is refused by name, before its weights are fetched."""
-    hub.publish(write_checkpoint(tmp_path / "llama", {"model_type": "llama"}))
-    with pytest.raises(tinygpt2.FormatError, match=r"model_type.*'llama'"):
-        tinygpt2.download(NAME, out)
-    assert not out.exists()
-    assert hub.storage.requests == []
-
-
-FULL_DISK = """
-import resource, sys, tinygpt2
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-sys.exit(tinygpt2.main(sys.argv[1:]))
+LIBRARY = """if True:
+    import sys, tinygpt2
+    import huggingface_hub.utils as utils
+    before = utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
+    sys.stderr.isatty = lambda: True  # so that the package would draw its bars
+    told = []
+    tinygpt2.download("owner/name", sys.argv[1], progress=lambda *step: told.append(step))
+    assert (utils.are_progress_bars_disabled(), utils.logging.get_verbosity()) == before
+    assert told and told[-1][1] == told[-1][2], told
 """
 
 
-def test_full_disk(hub: Hub, source: Path, out: Path) -> None:
-    """The weights do not fit; with room again, the same command goes on."""
-    pytest.importorskip("resource", reason="limits the size of files")
+def test_a_call_prints_nothing(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.publish(source)
-    done = run_python(FULL_DISK, "download", NAME, "-o", out)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"tinygpt2: error: {NAME}: File too large")
-    assert done.stderr.count("\n") == 1
-    assert not out.exists()
-    assert 50_000 in left_behind(out).values()
-    tinygpt2.download(NAME, out)
+    out = tmp_path / "out.tg2"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LIBRARY, str(out)],
+        env=hub.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert out.read_bytes() == converted(source)
-    assert hub.ranges == [None, "bytes=50000-"]
+
+
+def test_bars_at_a_terminal(hub: Hub, source: Path, tmp_path: Path) -> None:
+    pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
+    hub.publish(source)
+    command = [sys.executable, str(ROOT / "tinygpt2.py"), "download", NAME]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "out.tg2")], env=hub.environment(), stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    with open(ours, "rb", 0) as terminal:
+        while True:
+            try:
+                piece = terminal.read(1000)
+            except OSError:  # the other side is closed
+                break
+            shown += piece
+            if not piece:
+                break
+    assert process.wait() == 0, shown
+    assert WEIGHTS.encode() in shown
+    assert b"writing [####" in shown
 
 
 # ------------------------------------------------------------------------------------------------
-# Names, secrets, the cache
+# The cache
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("", ".", "..", "../x", "x/..", "a/b/c", "/a", "a/", "a//b", "~", "http://a/b", "a/b?c"),
-        *("a b", "a\n", "a#b", "a%2fb", "a\\b", "C:a", "a\0", "\u00fc/x", "a/\u0663", "./a", "a/."),
-    ],
-)
-def test_hostile_name(hub: Hub, out: Path, name: str) -> None:
-    with pytest.raises(tinygpt2.InputError, match="model name"):
-        tinygpt2.download(name, out)
-    assert hub.front.requests == []
-
-
-@pytest.mark.parametrize("revision", ["", "..", "../main", "a b", "a?b", "/etc", "a//b", "\u00fc"])
-def test_hostile_revision(hub: Hub, out: Path, revision: str) -> None:
-    with pytest.raises(tinygpt2.InputError, match="revision"):
-        tinygpt2.download(NAME, out, revision)
-    assert hub.front.requests == []
-
-
-@pytest.mark.parametrize("value", [None, 5, b"gpt2", ["gpt2"]])
-def test_arguments_of_another_type(hub: Hub, out: Path, value: Any) -> None:
-    with pytest.raises(tinygpt2.InputError, match="model name"):
-        tinygpt2.download(value, out)
-    with pytest.raises(tinygpt2.InputError, match="revision"):
-        tinygpt2.download(NAME, out, value)
-    assert hub.front.requests == []
-
-
-@pytest.mark.parametrize("place", [None, 5, 1.5, ["a"], "nul\0.tg2", "\ud800.tg2"], ids=ascii)
-def test_place_that_is_no_path(
-    hub: Hub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any
+@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "no server"])
+def test_what_was_fetched_is_used_again(
+    hub: Hub, source: Path, tmp_path: Path, offline: str
 ) -> None:
     hub.publish(source)
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(tinygpt2.InputError, match="out: expected a path"):
-        tinygpt2.download(NAME, place)
-    assert sorted(tmp_path.iterdir()) == before
-    assert hub.front.requests == []
+    assert download(hub, tmp_path / "first.tg2", NAME)[0] == 0
+    hub.requests.clear()
+    environ = {"HF_HUB_OFFLINE": "1"}
+    if offline == "no server":
+        environ = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert download(hub, tmp_path / "second.tg2", NAME, **environ) == (0, "", "")
+    assert (tmp_path / "second.tg2").read_bytes() == converted(source)
+    assert hub.requests == []
 
 
-def test_token_goes_to_the_hub_alone(
-    hub: Hub, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", " hf_secret\n")
+def test_weights_are_not_fetched_again(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.publish(source)
-    hub.front.pages["/hop"] = hub.page(WEIGHTS)
-    here = Page(b"", 307, {"Location": hub.front.url + "/hop"})
-    hub.front.pages[f"/{NAME}/resolve/main/{WEIGHTS}"] = here
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    tokens = [request.headers.get("Authorization") for request in hub.front.requests]
-    assert set(tokens) == {"Bearer hf_secret"}
-    assert len(hub.storage.requests) == 1
-    assert "Authorization" not in hub.storage.requests[0].headers
+    assert download(hub, tmp_path / "first.tg2", NAME)[0] == 0
+    hub.requests.clear()
+    assert download(hub, tmp_path / "second.tg2", NAME)[0] == 0
+    assert hub.fetched() == set()
 
 
-def test_no_token(hub: Hub, source: Path, out: Path) -> None:
-    hub.publish(source)
-    tinygpt2.download(NAME, out)
-    requests = hub.front.requests + hub.storage.requests
-    assert [request for request in requests if "Authorization" in request.headers] == []
-
-
-@pytest.mark.parametrize("token", ["hf_sec\nret", "hf_sécret\u20ac"])
-def test_malformed_token_is_not_shown(
-    hub: Hub, out: Path, monkeypatch: pytest.MonkeyPatch, token: str
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(tinygpt2.DownloadError, match="HF_TOKEN") as caught:
-        tinygpt2.download(NAME, out)
-    assert "hf_s" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", ["1", "true", "YES", "On"])
-def test_offline(
-    hub: Hub, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
-    hub.publish(source)
-    monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    fails(out, f"{NAME}: HF_HUB_OFFLINE is set")
-    assert hub.front.requests == []
-    assert left_behind(out) == {}
-
-
-@pytest.mark.parametrize("value", ["", "0", "false"])
-def test_not_offline(
-    hub: Hub, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
-    hub.publish(source)
-    monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    tinygpt2.download(NAME, out)
-    assert out.exists()
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-def fill_cache(cache: Path, source: Path, name: str = NAME) -> Path:
-    """A model as the hub's own library keeps it: links to blobs, under the name of a commit."""
-    repository = cache / ("models--" + name.replace("/", "--"))
+def fill_cache(home: Path, source: Path, name: str) -> Path:
+    """A model as the package keeps it: links to blobs, under the name of a commit."""
+    repository = home / "hub" / ("models--" + name.replace("/", "--"))
     snapshot, blobs = repository / "snapshots" / COMMIT, repository / "blobs"
     for folder in (repository / "refs", snapshot, blobs):
         folder.mkdir(parents=True)
@@ -701,115 +345,255 @@ def fill_cache(cache: Path, source: Path, name: str = NAME) -> Path:
     return snapshot
 
 
+@pytest.mark.parametrize("offline", ["1", ""])
+@pytest.mark.parametrize("cached", ["gpt2", "openai-community/gpt2"])
+@pytest.mark.parametrize("asked", ["gpt2", "openai-community/gpt2"])
+def test_old_and_new_name(
+    hub: Hub, source: Path, tmp_path: Path, cached: str, asked: str, offline: str
+) -> None:
+    hub.publish(source, "openai-community/gpt2")
+    hub.moved["gpt2"] = "openai-community/gpt2"
+    fill_cache(hub.home, source, cached)
+    out = tmp_path / "out.tg2"
+    assert download(hub, out, asked, HF_HUB_OFFLINE=offline) == (0, "", "")
+    assert out.read_bytes() == converted(source)
+    assert hub.fetched() == set()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
+def test_old_and_new_name_on_the_hub(hub: Hub, source: Path, tmp_path: Path, name: str) -> None:
+    hub.publish(source, "openai-community/gpt2")
+    hub.moved["gpt2"] = "openai-community/gpt2"
+    assert download(hub, tmp_path / "out.tg2", name) == (0, "", "")
+
+
+@pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
+def test_incomplete_cache(hub: Hub, source: Path, tmp_path: Path, missing: str) -> None:
+    """Without the hub, the cause is named; with it, only what is missing is fetched."""
+    (fill_cache(hub.home, source, NAME) / missing).resolve().unlink()
+    out = tmp_path / "out.tg2"
+    assert "HF_HUB_OFFLINE" in fails(hub, out, HF_HUB_OFFLINE="1")
+    hub.publish(source)
+    assert download(hub, out, NAME) == (0, "", "")
+    assert hub.fetched() == {missing}
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights of PyTorch
+# ------------------------------------------------------------------------------------------------
+
+
+def pickled_model(source: Path, folder: Path) -> Path:
+    shutil.copytree(source, folder)
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    return folder
+
+
+def test_pickled_weights_without_torch(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """They are not fetched for nothing."""
+    hub.publish(pickled_model(source, tmp_path / "m"))
+    code = """if True:
+        import importlib.util, sys, tinygpt2
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *more: find(name.replace("torch", "absent"), *more)
+        sys.exit(tinygpt2.main(sys.argv[1:]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code, "download", NAME, "-o", str(tmp_path / "out.tg2")],
+        env=hub.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert f"{NAME}: only PyTorch can read its pytorch_model.bin" in done.stderr
+    assert "pip install torch" in done.stderr
+    assert "pytorch_model.bin" not in hub.fetched()
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
+
+
+def test_there_is_no_such_model(hub: Hub, tmp_path: Path) -> None:
+    line = fails(hub, tmp_path / "out.tg2", "owner/absent")
+    assert "owner/absent: there is no such model, or it is private (check the name" in line
+    assert "HF_TOKEN" in line
+
+
+def test_there_is_no_such_revision(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.publish(source)
+    line = fails(hub, tmp_path / "out.tg2", NAME, "--revision", "v9")
+    assert f"{NAME}: there is no revision v9 (check --revision)" in line
+
+
+def test_gated(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.publish(source)
+    hub.refusals[f"/{NAME}/resolve/"] = Refusal(403, {"X-Error-Code": "GatedRepo"})
+    assert f"{NAME}: its owner gives access on request (ask for" in fails(hub, tmp_path / "o.tg2")
+
+
 @pytest.mark.parametrize(
-    ("variable", "folder"),
+    ("status", "headers", "found"),
     [
-        ("HF_HUB_CACHE", ""),
-        ("HF_HOME", "hub"),
-        ("XDG_CACHE_HOME", "huggingface/hub"),
-        ("HOME", ".cache/huggingface/hub"),
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "HF_TOKEN"),
+        (403, {"X-Error-Message": "Access to this resource is disabled."}, "has disabled"),
+        (403, {}, "403"),
+        (410, {}, "410"),
+        (500, {}, "500"),
+        (200, {}, "the answer is not the hub's"),
     ],
 )
-@pytest.mark.parametrize("offline", ["0", "1"])
-def test_cache_is_used(
-    hub: Hub,
-    source: Path,
-    tmp_path: Path,
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    variable: str,
-    folder: str,
-    offline: str,
+def test_refusals_of_the_server(
+    hub: Hub, source: Path, tmp_path: Path, status: int, headers: dict[str, str], found: str
 ) -> None:
-    monkeypatch.delenv("HF_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
-    monkeypatch.setenv(variable, str(tmp_path / "some"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
-    fill_cache(tmp_path / "some" / folder, source)
-    out.parent.mkdir()
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    assert hub.front.requests == []
-    assert set(left_behind(out)) == {out.name}
+    hub.publish(source)
+    hub.refusals["/api/"] = Refusal(status, headers, b"<html>no")
+    assert found in fails(hub, tmp_path / "out.tg2")
 
 
 @pytest.mark.parametrize(
-    ("cached", "asked", "revision"),
-    [(NAME, NAME, COMMIT), ("openai-community/gpt2", "gpt2", "main")],
+    ("endpoint", "found"),
+    [
+        ("http://127.0.0.1:9", "no connection to the hub: Connection refused (check the network"),
+        ("http://nowhere.invalid", "no connection to the hub: "),
+        ("nonsense", "HF_ENDPOINT"),
+        ("http://[", "HF_ENDPOINT"),
+        ("foo://x", "HF_ENDPOINT"),
+    ],
 )
-def test_cache_by_commit_and_by_old_name(
-    hub: Hub, source: Path, tmp_path: Path, cached: str, asked: str, revision: str
-) -> None:
-    fill_cache(tmp_path / "home" / "hub", source, cached)
-    tinygpt2.download(asked, tmp_path / "model.tg2", revision)
-    assert (tmp_path / "model.tg2").read_bytes() == converted(source)
-    assert hub.front.requests == []
+def test_endpoints(hub: Hub, tmp_path: Path, endpoint: str, found: str) -> None:
+    assert found in fails(hub, tmp_path / "out.tg2", HF_ENDPOINT=endpoint)
 
 
-@pytest.mark.parametrize("missing", ["config.json", "vocab.json", "merges.txt", WEIGHTS])
-@pytest.mark.parametrize("link", ["dangling", "absent"])
-def test_incomplete_cache_is_not_used(
-    hub: Hub, source: Path, tmp_path: Path, out: Path, missing: str, link: str
-) -> None:
+def test_offline_and_not_cached(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.publish(source)
-    path = fill_cache(tmp_path / "home" / "hub", source) / missing
-    (path if link == "absent" else path.resolve()).unlink()
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    assert len(hub.ranges) == 1
+    line = fails(hub, tmp_path / "out.tg2", HF_HUB_OFFLINE="1")
+    assert f"{NAME}: HF_HUB_OFFLINE is set, and not all files are in the hub's cache" in line
+    assert hub.requests == []
 
 
-def test_cache_without_a_shard_is_not_used(
-    hub: Hub, source: Path, tmp_path: Path, out: Path
-) -> None:
+@pytest.mark.parametrize("token", ["hf_sec\nret", "hf_s\u00e9cret\u20ac"])
+def test_token_that_cannot_be_sent_is_not_shown(hub: Hub, tmp_path: Path, token: str) -> None:
+    line = fails(hub, tmp_path / "out.tg2", HF_TOKEN=token)
+    assert "hf_s" not in line
+    assert "HF_TOKEN" in line
+
+
+def test_token_is_sent(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.publish(source)
+    assert download(hub, tmp_path / "out.tg2", NAME, HF_TOKEN="hf_secret") == (0, "", "")
+    assert "Bearer hf_secret" in [headers["Authorization"] for _, _, headers in hub.requests]
+
+
+@pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
+def test_missing_file(hub: Hub, source: Path, tmp_path: Path, missing: str) -> None:
+    folder = shutil.copytree(source, tmp_path / "checkpoint")
+    (folder / missing).unlink()
+    hub.publish(folder)
+    line = fails(hub, tmp_path / "out.tg2")
+    assert line.startswith(f"tinygpt2: error: {NAME}: it ")
+    assert missing in line
+
+
+def test_missing_shard(hub: Hub, source: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(source, tmp_path / "checkpoint")
     cut_into_shards(folder)
+    (folder / "model-00001-of-00002.safetensors").unlink()
     hub.publish(folder)
-    snapshot = fill_cache(tmp_path / "home" / "hub", folder)
-    (snapshot / "model-00001-of-00002.safetensors").unlink()
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(folder)
-    assert len(hub.ranges) == 2
+    assert "model-00001-of-00002.safetensors" in fails(hub, tmp_path / "out.tg2")
 
 
-@pytest.mark.parametrize("reference", [b"", b"\xff", b"..", b"\0", b"absent"])
-def test_damaged_cache_is_not_used(
-    hub: Hub, source: Path, tmp_path: Path, out: Path, reference: bytes
-) -> None:
+@pytest.mark.parametrize("shard", ["../config.json", "/etc/passwd", "a/b", "..", ""])
+def test_shard_elsewhere(hub: Hub, source: Path, tmp_path: Path, shard: str) -> None:
+    folder = shutil.copytree(source, tmp_path / "checkpoint")
+    (folder / WEIGHTS).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": shard}}), "utf-8")
+    hub.publish(folder)
+    assert "weight_map" in fails(hub, tmp_path / "out.tg2")
+    assert all("passwd" not in path for _, path, _ in hub.requests)
+
+
+def test_another_architecture(hub: Hub, tmp_path: Path) -> None:
+    """It is refused by name, before its weights are fetched."""
+    hub.publish(write_checkpoint(tmp_path / "llama", {"model_type": "llama"}))
+    assert "model_type: expected 'gpt2', found 'llama'" in fails(hub, tmp_path / "out.tg2")
+    assert WEIGHTS not in hub.fetched()
+
+
+FULL_DISK = """if True:
+    import resource, sys, tinygpt2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    sys.exit(tinygpt2.main(sys.argv[1:]))
+"""
+
+
+def test_full_disk(hub: Hub, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("resource", reason="limits the size of files")
     hub.publish(source)
-    snapshot = fill_cache(tmp_path / "home" / "hub", source)
-    (snapshot.parent.parent / "refs" / "main").write_bytes(reference)
-    tinygpt2.download(NAME, out)
-    assert out.read_bytes() == converted(source)
-    assert len(hub.ranges) == 1
+    command = [sys.executable, "-c", FULL_DISK, "download", NAME, "-o", str(tmp_path / "out.tg2")]
+    done = subprocess.run(
+        command, env=hub.environment(), capture_output=True, text=True, timeout=120
+    )
+    expected = f"tinygpt2: error: {NAME}: no space for the hub's cache: File too large (free some"
+    assert done.stderr.startswith(expected), done.stderr
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_without_the_package(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "huggingface_hub.py").write_text("raise ImportError('No module named x')", "utf-8")
+    place = f"{tmp_path}{os.pathsep}{hub.environment()['PYTHONPATH']}"
+    line = fails(hub, tmp_path / "out.tg2", PYTHONPATH=place)
+    assert "need the package huggingface_hub" in line
+    assert "`pip install huggingface_hub`" in line
 
 
 # ------------------------------------------------------------------------------------------------
-# The command
+# Names
 # ------------------------------------------------------------------------------------------------
 
 
-def test_command(
-    hub: Hub,
-    source: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    hub.publish(source, revision="v2")
-    monkeypatch.chdir(tmp_path)
-    assert tinygpt2.main(["download", NAME, "--revision", "v2"]) == 0
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", "../x", "x/..", "a/b/c", "/a", "a/", "a//b", "~", "http://a/b", "a/b?c"),
+        *("a b", "a\n", "a#b", "a%2fb", "a\\b", "C:a", "a\0", "\u00fc/x", "a/\u0663", "./a", "a/."),
+    ],
+)
+def test_hostile_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(tinygpt2.InputError, match="model name"):
+        tinygpt2.download(name, tmp_path / "out.tg2")
+
+
+@pytest.mark.parametrize("revision", ["", "..", "../main", "a b", "a?b", "/etc", "a//b", "\u00fc"])
+def test_hostile_revision(tmp_path: Path, revision: str) -> None:
+    with pytest.raises(tinygpt2.InputError, match="revision"):
+        tinygpt2.download(NAME, tmp_path / "out.tg2", revision)
+
+
+@pytest.mark.parametrize("value", [None, 5, b"gpt2", ["gpt2"]])
+def test_arguments_of_another_type(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(tinygpt2.InputError, match="model name"):
+        tinygpt2.download(value, tmp_path / "out.tg2")
+    with pytest.raises(tinygpt2.InputError, match="revision"):
+        tinygpt2.download(NAME, tmp_path / "out.tg2", value)
+    with pytest.raises(tinygpt2.InputError, match="out: expected a path"):
+        tinygpt2.download(NAME, value)
+
+
+def test_default_place(hub: Hub, source: Path, tmp_path: Path) -> None:
+    hub.publish(source)
+    command = [sys.executable, str(ROOT / "tinygpt2.py"), "download", NAME]
+    done = subprocess.run(command, cwd=tmp_path, env=hub.environment(), timeout=120)
+    assert done.returncode == 0
     assert (tmp_path / "name.tg2").read_bytes() == converted(source)
-    assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("name", "code"), [("absent/model", 1), ("../x", 2), ("a/b/c", 2)])
-def test_command_fails(
-    hub: Hub, out: Path, capfd: pytest.CaptureFixture[str], name: str, code: int
-) -> None:
-    assert tinygpt2.main(["download", name, "-o", str(out)]) == code
-    printed = capfd.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("tinygpt2: error: ")
-    assert printed.err.count("\n") == 1
-    assert not out.exists()
+@pytest.mark.parametrize(("name", "code"), [("a--b/c", 1), ("../x", 2), ("a/b/c", 2)])
+def test_wrong_names_on_the_command_line(hub: Hub, tmp_path: Path, name: str, code: int) -> None:
+    done = download(hub, tmp_path / "out.tg2", name)
+    assert (done[0], done[1]) == (code, "")
+    assert done[2].startswith("tinygpt2: error: ")
+    assert done[2].count("\n") == 1

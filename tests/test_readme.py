@@ -7,11 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_checkpoint
-from test_download import Hub, converter, hub  # noqa: F401  (fixtures)
+from test_download import Hub, hub, needs_hub  # noqa: F401  (a fixture)
 
 README = (ROOT / "README.md").read_text("utf-8")
 MODEL = ROOT / "vendor" / "tales.tg2"
@@ -40,11 +41,11 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, environ: Mapping[str, str] = os.environ) -> str:
     """Run a command that must succeed; what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, timeout=120
+        command, cwd=folder, env={**environ, "PATH": path}, capture_output=True, timeout=120
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode("utf-8")
@@ -61,11 +62,12 @@ def test_python(code: str, clone: Path) -> None:
     assert run([sys.executable, "-W", "error", "-c", code], clone)
 
 
+@needs_hub
 @pytest.mark.slow
 def test_shell(clone: Path, hub: Hub) -> None:  # noqa: F811
     """In their order, for the later ones use what the earlier ones made. The hub is a local one."""
     hub.publish(clone / "path" / "to" / "checkpoint", name="gpt2")
     for line in shell_lines():
-        out = run(["sh", "-c", line], clone)
+        out = run(["sh", "-c", line], clone, hub.environment())
         makes_file = re.search(r" -o (\S+)", line)
         assert (clone / makes_file[1]).exists() if makes_file else out.strip(), line
