@@ -367,6 +367,24 @@ def test_old_and_new_name_on_the_hub(hub: Hub, source: Path, tmp_path: Path, nam
     assert download(hub, tmp_path / "out.tg2", name) == (0, "", "")
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_tokenizer_of_another_model(hub: Hub, source: Path, tmp_path: Path, cached: bool) -> None:
+    """`convert --tokenizer NAME` fetches a tokenizer, and no weights."""
+    hub.publish(source)
+    if cached:
+        fill_cache(hub.home, source, NAME)
+    bare = write_checkpoint(tmp_path / "bare", tokenizer=False)
+    out = tmp_path / "out.tg2"
+    command = [sys.executable, str(ROOT / "tinygpt2.py"), "convert", str(bare), "-o", str(out)]
+    environ = hub.environment(HF_HUB_OFFLINE="1" if cached else "")
+    done = subprocess.run(
+        [*command, "--tokenizer", NAME], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert out.read_bytes() == converted(source)
+    assert WEIGHTS not in hub.fetched()
+
+
 @pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
 def test_incomplete_cache(hub: Hub, source: Path, tmp_path: Path, missing: str) -> None:
     """Without the hub, the cause is named; with it, only what is missing is fetched."""

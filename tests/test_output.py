@@ -71,6 +71,17 @@ def test_a_file_that_is_read(source: Path, name: str, spell: Callable[[Path], Pa
     assert contents(source) == before
 
 
+@pytest.mark.parametrize("named", ["folder", "file"])
+def test_the_tokenizer_that_is_read(source: Path, tmp_path: Path, named: str) -> None:
+    tokenizer = write_checkpoint(tmp_path / "t")
+    (tokenizer / "tokenizer.json").write_text('{"stoi": {"a": 0}}', "utf-8")
+    before = contents(tokenizer)
+    chosen = tokenizer if named == "folder" else tokenizer / "tokenizer.json"
+    with pytest.raises(tinygpt2.InputError, match=r"out: expected.*tokenizer\.json"):
+        tinygpt2.convert(source, tokenizer / "tokenizer.json", tokenizer=chosen)
+    assert contents(tokenizer) == before
+
+
 def test_a_file_that_is_read_through_a_link(source: Path, tmp_path: Path) -> None:
     """As in the hub's cache."""
     weights = source / "model.safetensors"

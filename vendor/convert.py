@@ -313,7 +313,7 @@ def files_read(path: str | None) -> list[str]:
 def refuse_overwriting(target: str, sources: list[str]) -> None:
     """Refuse to write over a file that is read, under whatever name."""
     for source in sources:
-        if is_same_file(source, target):
+        if os.path.isfile(source) and is_same_file(source, target):
             place = tinygpt2.show_path(source)
             found = f"{tinygpt2.show_path(target)}, which is the checkpoint's {place}"
             raise tinygpt2.InputError(f"out: expected a file that is not read, found {found}")
