@@ -3507,19 +3507,22 @@ IMPORTING = threading.Lock()
 def import_numpy(threads: Optional[int] = None, useful: int = MAX_THREADS) -> BlasThreads:
     """Import NumPy, and limit its threads to `threads` (by default `default_threads`) or `useful`.
 
-    Where the package threadpoolctl is installed, `BlasThreads` limits them during each pass.
-    Otherwise the environment does, for as long as NumPy is imported; it is restored afterwards.
-    So then the first import decides, and NumPy keeps its number if others have imported it before.
-    A user's own variables for BLAS count if this module was told nothing.
+    The environment does it for as long as NumPy is imported; it is restored afterwards. So the
+    first import decides, and NumPy keeps its number if others have imported it before. Where the
+    package threadpoolctl is installed, `BlasThreads` limits them during each pass, and the import
+    only if this module was told a number. A user's own variables for BLAS count if it was not.
     """
     global np, blas
-    count = min(threads or default_threads(), useful)
+    count = threads or default_threads()
     with IMPORTING:
         if blas is None:
             threadpoolctl = find_threadpoolctl()
             is_told = threads is not None or bool(os.environ.get("TINYGPT2_THREADS"))
             is_open = "numpy" not in sys.modules and (is_told or not is_blas_set())
-            fixed = count if is_open and threadpoolctl is None else None
+            if threadpoolctl is None:
+                fixed = min(count, useful) if is_open else None
+            else:
+                fixed = count if is_open and is_told else None
             np = numpy_with_threads(fixed)
             blas = BlasThreads(threadpoolctl, fixed)
             if is_told and fixed is None and blas.control is None:
@@ -3548,7 +3551,8 @@ def find_threadpoolctl() -> Any:
     if sys.platform == "darwin":  # it cannot change the threads of Apple's BLAS
         return None
     try:
-        module = importlib.import_module("threadpoolctl")
+        with environment({"KMP_DUPLICATE_LIB_OK": "True"}):  # which its import would leave set
+            module = importlib.import_module("threadpoolctl")
     except ImportError:
         return None
     return module if hasattr(module, "ThreadpoolController") else None  # from version 3 on

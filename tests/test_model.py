@@ -685,6 +685,19 @@ def test_threads_of_numpy(toy_path: Path, wide_path: Path, told: Told) -> None:
     assert told.seen != "1" or tasks in (1, None)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, None])
+def test_threadpoolctl_leaves_no_trace_in_the_environment(
+    wide_path: Path, threadpoolctl: Any, threads: int | None
+) -> None:
+    """Its import sets a variable for other libraries. A number that was told is kept, too."""
+    done = run_python(NUMPY_THREADS, json.dumps([str(wide_path), threads, {}, True]))
+    assert done.returncode == 0, done.stderr
+    *_, tasks, is_unchanged = json.loads(done.stdout)
+    assert is_unchanged
+    assert threads != 1 or tasks in (1, None)
+
+
 def test_a_wrong_number_of_threads_in_the_environment(
     toy_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
