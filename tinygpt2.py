@@ -219,6 +219,16 @@ DTYPE_SIZES = {  # bytes for each element
 }
 
 
+ARRAY_CODES = {  # NumPy's names of the types that are read as arrays
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",  # its 16 bits
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+
 class Tensor(NamedTuple):
     """Where one tensor lies in its file."""
 
@@ -264,7 +274,7 @@ class TensorFile:
     def array(self, name: str) -> Array:
         """The tensor as a read-only NumPy array over the mapped file (BF16 as its 16 bits)."""
         tensor = self.tensors[name]
-        code = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}[tensor.dtype]
+        code = ARRAY_CODES[tensor.dtype]
         count = math.prod(tensor.shape)
         if not count:  # frombuffer refuses an offset at the very end of the file
             return np.empty(tensor.shape, code)
@@ -289,6 +299,7 @@ PICKLES = (
     (rb"PK\x03\x04", "a zip archive, as PyTorch writes it", CONVERT),
     (rb"\x80[\x02-\x05]", "a pickle, as PyTorch writes it", CONVERT),
 )
+LLMC = ((rb"\xc6\xd74\x01", "a checkpoint of llm.c", CONVERT),)
 OTHER_KINDS = (  # how files of other kinds begin, what they are, and what to do
     (rb"version https://git-lfs", "a Git LFS pointer", "run `git lfs pull` in its folder"),
     (
@@ -300,7 +311,7 @@ OTHER_KINDS = (  # how files of other kinds begin, what they are, and what to do
     (rb".{257}ustar", "a tar archive", "unpack it"),
     (rb"PK\x03\x04.{26}\S{1,99}\.npy", "an archive of NumPy", SAVE_AGAIN),
     *PICKLES,
-    (rb"\xc6\xd74\x01", "a checkpoint of llm.c", SAVE_AGAIN),
+    *LLMC,
     (rb"GGUF|tjgg|lmgg|fmgg", "a file of llama.cpp", SAVE_AGAIN),
     (rb"\x89HDF\r\n", "an HDF5 file, as Keras writes it", SAVE_AGAIN),
     (rb"\x93NUMPY", "an array of NumPy", SAVE_AGAIN),
@@ -3017,9 +3028,11 @@ def convert(
     out: Path,
     progress: Optional[Progress] = None,
     tokenizer: Optional[Path] = None,
+    heads: Optional[SupportsIndex] = None,
+    activation: Optional[str] = None,
 ) -> None:
     """Convert a GPT-2 checkpoint to a .tg2 file; see vendor/convert.py, which does it."""
-    load_companion("convert").convert(source, out, progress, tokenizer)
+    load_companion("convert").convert(source, out, progress, tokenizer, heads, activation)
 
 
 def download(
@@ -3817,12 +3830,16 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def add_convert_options(parser: argparse.ArgumentParser) -> None:
-    text = "the checkpoint: a folder, or a .safetensors file with its config.json beside it"
+    text = "the checkpoint: a folder, a .safetensors file, or one of nanoGPT, minGPT or llm.c"
     parser.add_argument("source", help=text)
     text = "the .tg2 file to write"
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help=text)
     text = "the tokenizer: a folder, a tokenizer.json, a list of characters in JSON, or gpt2"
     parser.add_argument("--tokenizer", default=None, metavar="PATH", help=text)
+    text = "the number of attention heads, for a checkpoint that does not tell it"
+    parser.add_argument("--heads", type=int, default=None, metavar="N", help=text)
+    text = "the activation, for a checkpoint that does not tell it"
+    parser.add_argument("--activation", choices=ACTIVATIONS, default=None, help=text)
 
 
 def add_download_options(parser: argparse.ArgumentParser) -> None:
@@ -4063,15 +4080,41 @@ def progress_bar() -> Optional[Progress]:
     return draw
 
 
+@contextlib.contextmanager
+def printed_notes() -> Iterator[None]:
+    """Print notes on standard error after a success: a user of the command has no log."""
+    import io
+    import logging
+
+    logger, notes = logging.getLogger("tinygpt2"), io.StringIO()
+    handler = logging.StreamHandler(notes)
+    handler.setFormatter(logging.Formatter("tinygpt2: note: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    print(notes.getvalue(), end="", file=sys.stderr)
+
+
 def run_convert(options: argparse.Namespace) -> None:
-    convert(options.source, options.out, progress_bar(), options.tokenizer)
+    with printed_notes():
+        convert(
+            options.source,
+            options.out,
+            progress_bar(),
+            options.tokenizer,
+            options.heads,
+            options.activation,
+        )
 
 
 def run_download(options: argparse.Namespace) -> None:
     out = options.out or options.name.rpartition("/")[2] + ".tg2"
     bar = progress_bar()
     fetch = load_companion("convert").download
-    fetch(options.name, out, options.revision, bar, bars=bar is not None)
+    with printed_notes():
+        fetch(options.name, out, options.revision, bar, bars=bar is not None)
 
 
 def run_score(options: argparse.Namespace) -> None:

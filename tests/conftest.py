@@ -56,6 +56,17 @@ def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Iterable[Path]:
         yield Path(folder)
 
 
+class Late:
+    """A library that is imported on first use, so that fast tests do not wait for it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        library = pytest.importorskip(self.name, reason="compares with transformers")
+        return getattr(library, attribute)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of test data; tests that need it are skipped where it is absent."""

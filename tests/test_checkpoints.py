@@ -13,21 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import largest, random_weights, write_checkpoint, write_safetensors
+from conftest import Late, largest, random_weights, write_checkpoint, write_safetensors
 
 import tinygpt2
-
-
-class Late:
-    """A library that is imported on first use, so that fast tests do not wait for it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __getattr__(self, attribute: str) -> Any:
-        library = pytest.importorskip(self.name, reason="compares with transformers")
-        return getattr(library, attribute)
-
 
 torch, transformers = Late("torch"), Late("transformers")
 safetensors_torch = Late("safetensors.torch")

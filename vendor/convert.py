@@ -9,8 +9,9 @@ error classes as the rest of the program.
 
     1. checkpoint    its files, and what its configurations say
     2. weights       its tensors by GPT-2's names, checked, and converted in slabs
-    3. tokenizer     vocab.json with merges.txt, or tokenizer.json
-    4. hub           downloads, through the package huggingface_hub
+    3. trainers      files of nanoGPT, minGPT, makemore and llm.c, and of PyTorch in general
+    4. tokenizer     vocab.json with merges.txt, or tokenizer.json
+    5. hub           downloads, through the package huggingface_hub
 
 It needs NumPy.
 
@@ -24,13 +25,15 @@ import errno
 import fnmatch
 import importlib
 import importlib.util
+import math
 import os
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, SupportsIndex, Union
 
 import numpy as np
 
@@ -49,40 +52,52 @@ def convert(
     out: Path,
     progress: Progress | None = None,
     tokenizer: Path | None = None,
+    heads: SupportsIndex | None = None,
+    activation: str | None = None,
 ) -> None:
     """Convert a GPT-2 checkpoint to a .tg2 file.
 
-    `source` is a folder as transformers writes it (config.json, model.safetensors or shards with
-    an index, vocab.json with merges.txt or tokenizer.json), or a .safetensors file beside its
-    config.json. `tokenizer` names another tokenizer than the one that is there: a folder, a
-    tokenizer.json, or a character list in JSON. Memory use stays small, because tensors are
-    converted in slabs. `out` is replaced only when the new file is complete. Raises `FormatError`,
-    which names what is missing, misshapen or not supported.
+    `source` is a folder as transformers writes it (config.json, model.safetensors, or shards with
+    an index, vocab.json with merges.txt or tokenizer.json), or the file of the weights in it, or a
+    file that nanoGPT, minGPT, makemore or llm.c wrote. PyTorch must be installed for files of
+    torch.save. `tokenizer` names another tokenizer than the one that is there: a folder, a
+    tokenizer.json, or a character list in JSON. `heads` and `activation` are for checkpoints that
+    do not tell them. Memory use stays small, because tensors are converted in slabs. `out` is
+    replaced only when the new file is complete. Raises `FormatError`, which names what is missing,
+    misshapen or not supported.
     """
-    folder, files = find_checkpoint(tinygpt2.path_text(source, "source"))
+    path = tinygpt2.path_text(source, "source")
+    folder, files = find_checkpoint(path)
     target = tinygpt2.path_text(out, "out")
     chosen = None if tokenizer is None else tinygpt2.path_text(tokenizer, "tokenizer")
     refuse_overwriting(target, [*files, *files_read(folder), *files_read(chosen)])
+    told = checkpoint_config(folder) if has_config(path, files) else None
+    if not told and not chosen:
+        refuse_character_pickle(os.path.join(folder, "meta.pkl"))
     vocabulary = find_vocabulary(folder, chosen)
-    config = checkpoint_config(folder)
-    if vocabulary:
-        vocabulary = fit_vocabulary(vocabulary, config.vocab_size)
-        config = with_vocabulary(config, vocabulary)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(contextlib.closing(open_weights(f))) for f in files]
-        write_model(target, files[0], config, read_tensors(opened), vocabulary, progress)
+        saved = read_files(stack, files)
+        parts = gpt2_parts(saved.path, saved.tensors)
+        config = told or trained_config(saved, parts, heads, activation)
+        settle("heads", heads, config.n_head)
+        settle("activation", activation, config.activation_function)
+        if vocabulary:
+            vocabulary = fit_vocabulary(vocabulary, config.vocab_size)
+            config = with_vocabulary(config, vocabulary)
+            config = config if told else with_ends(config, vocabulary)
+        write_model(target, saved.path, config, parts, vocabulary, progress)
 
 
 def write_model(
     path: str,
     source: str,
     config: tinygpt2.Config,
-    tensors: dict[str, Weights],
+    parts: dict[str, Weights],
     vocabulary: Vocabulary | None,
     progress: Progress | None,
 ) -> None:
-    """Write a .tg2 file from the tensors of a checkpoint, by the names that they have there."""
-    config, parts = arrange(source, config, gpt2_parts(source, tensors))
+    """Write a .tg2 file from the tensors of a checkpoint, by GPT-2's names."""
+    config, parts = arrange(source, config, parts)
     write_tg2(path, config, tg2_data(config, parts, vocabulary), progress)
 
 
@@ -213,9 +228,8 @@ def find_checkpoint(source: str) -> tuple[str, list[str]]:
     if os.path.isdir(source):
         return source, find_in_folder(source)
     folder = os.path.dirname(source) or "."
-    if source.endswith(".safetensors.index.json"):
+    if source.endswith((".safetensors.index.json", ".bin.index.json")):
         return folder, shard_paths(folder, source)
-    refuse_pickled([source])
     refuse_other_files(source)
     return folder, [source]
 
@@ -229,9 +243,7 @@ def find_in_folder(folder: str) -> list[str]:
     if first is None or CONFIG not in names:
         raise other_folder(folder, WEIGHTS if first is None else CONFIG, names)
     path = os.path.join(folder, first)
-    paths = shard_paths(folder, path) if first.endswith(".json") else [path]
-    refuse_pickled(paths)
-    return paths
+    return shard_paths(folder, path) if first.endswith(".json") else [path]
 
 
 def list_folder(folder: str) -> list[str]:
@@ -262,14 +274,16 @@ def refuse_other_files(path: str) -> None:
     name = os.path.basename(path)
     if name.startswith("adapter_model."):
         refuse_adapter(path)
+    shard = re.search(r"-([0-9]{5})-of-([0-9]{5})\.(?:safetensors|bin)$", name)
+    if shard and shard[2] != "00001":
+        found, advice = f"shard {int(shard[1])} of {int(shard[2])}", "name the folder or the index"
+        raise tinygpt2.FormatError(path, "checkpoint", "all weights of a model", found, advice)
+    if is_kind(path, (*tinygpt2.PICKLES, *tinygpt2.LLMC)):
+        return
     with contextlib.closing(tinygpt2.map_file(path)) as file:
         if file[:1] == b"{" and file[7:8] != b"\0":  # else the length of a header
             advice = "name the folder that contains it"
             raise tinygpt2.FormatError(path, "file", "weights", "a file of JSON", advice)
-    shard = re.search(r"-([0-9]{5})-of-([0-9]{5})\.safetensors$", name)
-    if shard and shard[2] != "00001":
-        found, advice = f"shard {int(shard[1])} of {int(shard[2])}", "name the folder or the index"
-        raise tinygpt2.FormatError(path, "checkpoint", "all weights of a model", found, advice)
     open_weights(path).close()
 
 
@@ -283,23 +297,17 @@ def open_weights(path: str) -> tinygpt2.TensorFile:
     return file
 
 
-def refuse_pickled(paths: list[str]) -> None:
-    """Refuse weights that only PyTorch reads."""
-    for path in filter(is_pickled, paths):
-        advice = (
-            "reading a pickle can run any code; load the model with transformers and save it "
-            "again with save_pretrained(folder, safe_serialization=True)"
-        )
-        found = "only weights of PyTorch"
-        raise tinygpt2.FormatError(path, "checkpoint", WEIGHTS, found, advice)
-
-
 def is_pickled(path: str) -> bool:
-    """Whether torch.save wrote a file, by its first bytes."""
+    """Whether torch.save wrote a file."""
+    return is_kind(path, tinygpt2.PICKLES)
+
+
+def is_kind(path: str, kinds: Sequence[tuple[bytes, str, str]]) -> bool:
+    """Whether a file is of one of these kinds, by its first bytes."""
     if not os.path.isfile(path):
         return False
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return tinygpt2.other_kind(file.read(512)) in tinygpt2.PICKLES
+        return tinygpt2.other_kind(file.read(512)) in kinds
     return False
 
 
@@ -487,8 +495,11 @@ class Weights(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], Array]
 
+    def changed(self, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Weights:
+        return self._replace(shape=shape, read=lambda: change(self.read()))
+
     def transposed(self) -> Weights:
-        return self._replace(shape=self.shape[::-1], read=lambda: self.read().T)
+        return self.changed(self.shape[::-1], np.transpose)
 
 
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -749,7 +760,465 @@ def row_slabs(dtype: str, matrix: Array, width: int) -> Iterator[bytes]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 3. Tokenizer
+# 3. Trainers
+# ------------------------------------------------------------------------------------------------
+
+# Files of trainers have no config.json. The sizes are those of the tensors; where the file tells
+# them as well, both must agree. All makers have epsilon 1e-5 and scale attention as GPT-2 does.
+
+
+class Saved(NamedTuple):
+    """What the files of a checkpoint hold."""
+
+    path: str
+    tensors: dict[str, Weights]
+    told: dict[str, Any]  # what they tell of the model, in the words of a configuration
+    maker: str  # a key of ASSUMED, or "" if only the tensors can show it
+
+
+ASSUMED = {  # the activation in the programs of each maker
+    "nanoGPT": "gelu",  # nn.GELU() since June 2023
+    "nanoGPT of January 2023": "gelu_new",  # model_args had no entry `bias` before
+    "minGPT until 2021": "gelu",
+    "minGPT and makemore": "gelu_new",
+    "llm.c": "gelu_new",
+    "transformers": "gelu_new",
+}
+MODEL_ARGS = {  # of nanoGPT: its words and ours
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+    "bias": "bias",
+}
+NESTS = ("model", "model_state_dict", "state_dict", "module", "net", "weights")
+TORCH_DTYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+}
+LLMC_HEADER = 1024  # bytes
+LLMC_VERSIONS = {3: ("F32", "<f4"), 5: ("BF16", "<u2")}
+
+OLDER_NAMES = [  # of minGPT until 2021, and what these tensors are called now
+    (r"(^|\.)tok_emb\.weight$", r"\1wte.weight"),
+    (r"(^|\.)pos_emb$", r"\1wpe.weight"),
+    (r"(^|\.)head\.weight$", r"\1lm_head.weight"),
+    (r"(^|\.)blocks\.([0-9]+)\.", r"\1h.\2."),
+    (r"\.ln([12])\.", r".ln_\1."),
+    (r"\.attn\.proj\.", ".attn.c_proj."),
+    (r"\.attn\.mask$", ".attn.bias"),
+    (r"\.mlp\.0\.", ".mlp.c_fc."),
+    (r"\.mlp\.2\.", ".mlp.c_proj."),
+]
+
+
+def has_config(source: str, files: list[str]) -> bool:
+    """Whether transformers' config.json belongs to the weights. minGPT writes another one."""
+    path = os.path.join(os.path.dirname(source), "config.json")
+    if os.path.isdir(source):
+        return True
+    if not os.path.exists(path):
+        return False
+    return not is_pickled(files[0]) or "model_type" in read_json(path)
+
+
+def read_files(stack: contextlib.ExitStack, files: list[str]) -> Saved:
+    """The tensors in the files of a checkpoint, of whatever kind these are."""
+    if is_kind(files[0], tinygpt2.LLMC):
+        return read_llmc(files[0])
+    if is_pickled(files[0]):
+        return read_pickled(files)
+    opened = [stack.enter_context(contextlib.closing(open_weights(f))) for f in files]
+    return with_newer_names(Saved(files[0], read_tensors(opened), {}, ""))
+
+
+def settle(option: str, given: object, told: object) -> None:
+    """Refuse an option that contradicts the checkpoint."""
+    if given is not None and given != told:
+        expected = f"{told}, as the checkpoint says"
+        raise tinygpt2.InputError(f"{option}: expected {expected}, found {tinygpt2.quote(given)}")
+
+
+# Configuration
+
+
+def trained_config(
+    saved: Saved, parts: dict[str, Weights], heads: SupportsIndex | None, activation: str | None
+) -> tinygpt2.Config:
+    """The configuration of a model that has no config.json."""
+    refuse_other_tensors(saved)
+    sizes = measured_sizes(saved.path, parts)
+    for name, size in sizes.items():
+        value = saved.told.get(name)
+        if value is not None and (not tinygpt2.is_count(value) or value != size):
+            advice = "what the file tells of the model and its tensors do not belong together"
+            expected, found = f"{size}, as in the tensors", tinygpt2.quote(value)
+            raise tinygpt2.FormatError(saved.path, name, expected, found, advice)
+    refuse_other_biases(saved, parts)
+    is_linear = parts["h.0.attn.c_attn.weight"].shape[0] == 3 * sizes["n_embd"]
+    values = {
+        **sizes,
+        "n_head": number_of_heads(saved, sizes["n_embd"], heads),
+        "activation_function": chosen_activation(saved, parts, is_linear, activation),
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,  # if there is no head
+        "bos_token_id": None,
+        "eos_token_ids": (),
+        "generation": {},
+        **vocabulary_config(None),
+    }
+    return tinygpt2.check_config(saved.path, values)
+
+
+def measured_sizes(path: str, parts: dict[str, Weights]) -> dict[str, int]:
+    """The sizes that the shapes of the tensors show."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        found = "no such tensor" if name not in parts else f"shape {list(parts[name].shape)}"
+        if name not in parts or len(parts[name].shape) != 2:
+            advice = "the checkpoint is incomplete" if parts else "no tensor has a name of GPT-2"
+            advice += "; is it another model?"
+            raise tinygpt2.FormatError(path, f"tensor {name}", "a matrix", found, advice)
+        return parts[name].shape
+
+    vocab_size, n_embd = shape(EMBEDDING)
+    if shape("h.0.attn.c_attn.weight")[0] == 3 * n_embd:
+        shape(HEAD)  # trainers store it always, and transformers, with the other layout, may not
+    return {
+        "vocab_size": vocab_size,
+        "n_positions": shape("wpe.weight")[0],
+        "n_embd": n_embd,
+        "n_layer": 1 + max(map(layer_of, parts)),
+        "n_inner": math.prod(shape("h.0.mlp.c_fc.weight")) // max(n_embd, 1),
+    }
+
+
+def refuse_other_tensors(saved: Saved) -> None:
+    """Refuse tensors beside GPT-2's, and masks that hide other tokens than the later ones."""
+    for name, weights in saved.tensors.items():
+        field = f"tensor {tinygpt2.quote(weights.name)}"
+        plain = WRAPPERS.sub("", name[: MAX_NAME + 1])
+        if len(name) > MAX_NAME or not PART.fullmatch(plain):
+            expected, advice = "only tensors of GPT-2", "other models are not supported"
+            raise tinygpt2.FormatError(saved.path, field, expected, "an unknown one", advice)
+        if plain.endswith(".attn.bias"):
+            size = weights.shape[-1] if weights.shape else 0
+            is_square = weights.shape == (1, 1, size, size)
+            if not is_square or ((weights.read() != 0) != np.tri(size, dtype=bool)).any():
+                found, advice = "another", "attention to other tokens is not supported"
+                raise tinygpt2.FormatError(saved.path, field, "a causal mask", found, advice)
+
+
+def refuse_other_biases(saved: Saved, parts: dict[str, Weights]) -> None:
+    """Refuse what no model of these trainers lacks. A norm without bias is often another norm."""
+    kinds = {kind_of(name) for name in parts if name.endswith(".bias")}
+    norms = {"ln_1.bias", "ln_2.bias", "ln_f.bias"}
+    has_others = bool(kinds - norms) or saved.told.get("bias") is True
+    if has_others and not norms <= kinds:
+        advice = "other norms than LayerNorm are not supported"
+        found = "none, beside other biases" if kinds else "none, and model_args says bias=True"
+        raise tinygpt2.FormatError(saved.path, "layer norms", "biases of all", found, advice)
+
+
+def number_of_heads(saved: Saved, n_embd: int, heads: SupportsIndex | None) -> int:
+    numbers = range(1, min(n_embd, tinygpt2.SIZE_LIMITS["n_embd"]) + 1)
+    divisors = [number for number in numbers if n_embd % number == 0]
+    expected = f"a divisor of n_embd {n_embd}: one of {', '.join(map(str, divisors))}"
+    number = saved.told.get("n_head")
+    if number is None and heads is None:
+        advice = "say it with --heads N, or heads=N, or put its config.json beside the file"
+        found = "nothing that tells it"
+        raise tinygpt2.FormatError(saved.path, "number of heads", expected, found, advice)
+    if number is None:
+        number = tinygpt2.as_index(heads)
+        if number not in divisors:
+            raise tinygpt2.InputError(f"heads: expected {expected}, found {tinygpt2.quote(heads)}")
+    return number  # `check_config` looks at it
+
+
+def chosen_activation(
+    saved: Saved, parts: dict[str, Weights], is_linear: bool, activation: str | None
+) -> str:
+    """The activation: the file tells it, the caller says it, or it is its maker's."""
+    if "activation_function" in saved.told:
+        return str(saved.told["activation_function"])
+    if activation is not None:
+        if activation not in tinygpt2.ACTIVATIONS:
+            expected, found = f"one of {tinygpt2.ACTIVATIONS}", tinygpt2.quote(activation)
+            raise tinygpt2.InputError(f"activation: expected {expected}, found {found}")
+        return activation
+    maker = saved.maker or maker_of(saved.tensors, parts, is_linear)
+    tinygpt2.note(
+        f"{tinygpt2.show_path(saved.path)}: it does not tell the activation; {ASSUMED[maker]} is "
+        f"taken, as in {maker} (--activation names another)"
+    )
+    return ASSUMED[maker]
+
+
+def maker_of(tensors: dict[str, Weights], parts: dict[str, Weights], is_linear: bool) -> str:
+    """Whose tensors these are: nanoGPT ties the head, and the others store causal masks."""
+    if not is_linear:
+        return "transformers"
+    head, embedding = parts.get(HEAD), parts[EMBEDDING]
+    has_masks = any(name.endswith(".attn.bias") for name in tensors)
+    if has_masks or head is None or head.shape != embedding.shape:
+        return "minGPT and makemore"
+    is_tied = head.dtype in DTYPES and have_same_numbers(embedding, head)
+    return "nanoGPT" if is_tied else "minGPT and makemore"
+
+
+def refuse_character_pickle(path: str) -> None:
+    """nanoGPT's list of characters: without it, the model would take ids only."""
+    if os.path.exists(path):
+        refuse_pickle(path)
+
+
+def with_ends(config: tinygpt2.Config, vocabulary: Vocabulary) -> tinygpt2.Config:
+    """The configuration with the token that begins and ends texts, if the vocabulary shows one.
+
+    It is GPT-2's, or makemore's: that is token 0, and the characters are the tokens from 1 on.
+    """
+    ends = [token.id for token in vocabulary.added if token.text == END_OF_TEXT]
+    is_makemore = vocabulary.tokens.keys() == set(range(1, config.vocab_size))
+    if is_makemore and vocabulary.pre_tokenizer == "characters":
+        ends = [0]
+        tinygpt2.note("token 0 begins and ends texts, as in makemore: it is no character")
+    return config._replace(bos_token_id=ends[0] if ends else None, eos_token_ids=tuple(ends[:1]))
+
+
+# Names of older versions of minGPT
+
+
+def with_newer_names(saved: Saved) -> Saved:
+    """The tensors by GPT-2's names, if they have those of minGPT until 2021."""
+    tensors: dict[str, Weights] = {}
+    if not any(name.endswith("tok_emb.weight") for name in saved.tensors):
+        return saved
+    for name, weights in saved.tensors.items():
+        renamed = WRAPPERS.sub("", name)
+        for pattern, replacement in OLDER_NAMES:
+            renamed = re.sub(pattern, replacement, renamed)
+        if renamed.endswith("wpe.weight") and weights.shape[:1] == (1,):
+            weights = weights.changed(weights.shape[1:], lambda array: array[0])
+        add_once(tensors, renamed, weights)
+    return saved._replace(tensors=with_joined_attention(tensors), maker="minGPT until 2021")
+
+
+def with_joined_attention(tensors: dict[str, Weights]) -> dict[str, Weights]:
+    """Queries, keys and values as one matrix, and as one bias, where all three are alike."""
+    rest = dict(tensors)
+    for name in tensors:
+        names = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        three = [tensors[part] for part in names if part in tensors]
+        is_alike = len({(weights.dtype, weights.shape) for weights in three}) == 1
+        if ".attn.query." in name and len(three) == 3 and is_alike and three[0].shape:
+            outputs, *inputs = three[0].shape
+            read = partial(joined, three)
+            for part in names:
+                del rest[part]
+            whole = three[0]._replace(shape=(3 * outputs, *inputs), read=read)
+            add_once(rest, name.replace(".query.", ".c_attn."), whole)
+    return rest
+
+
+def joined(parts: list[Weights]) -> Array:
+    return np.concatenate([weights.read() for weights in parts])
+
+
+# Files of PyTorch
+
+
+def read_pickled(files: list[str]) -> Saved:
+    """The tensors in files of torch.save. Only PyTorch's loader of plain weights touches them."""
+    torch = import_torch(files[0])
+    tensors: dict[str, Weights] = {}
+    told: dict[str, Any] = {}
+    for path in files:
+        content = load_pickled(torch, path)
+        state = find_state(torch, path, content)
+        for name, tensor in state.items():
+            add_once(tensors, name, torch_weights(torch, path, name, tensor))
+        if "model_args" in content:
+            told = checked_model_args(path, content["model_args"])
+    maker = "" if not told else "nanoGPT" if "bias" in told else "nanoGPT of January 2023"
+    return with_newer_names(Saved(files[0], tensors, told, maker))
+
+
+def import_torch(path: str) -> Any:
+    found = "none"
+    try:
+        torch = importlib.import_module("torch")
+        found = str(torch.__version__)
+        if tuple(map(int, re.findall(r"\d+", found)[:2])) >= (2, 6):  # safe from here on
+            return torch
+    except (ImportError, OSError) as error:
+        found = str(error)
+    advice = f"install it, or where it is: {saving_code(path)}"
+    raise tinygpt2.FormatError(path, "checkpoint", "PyTorch 2.6 or later", found, advice)
+
+
+def saving_code(path: str) -> str:
+    """Three lines of Python that write a checkpoint of PyTorch as safetensors."""
+    name = os.path.basename(path)
+    code = (
+        "import torch; from safetensors.torch import save_file; "
+        f"c = torch.load({name!r}, 'cpu', weights_only=False); c = c.get('model', c); "
+        "save_file({k: v.contiguous().clone() for k, v in c.items()}, 'model.safetensors')"
+    )
+    return f'python -c "{code}"; then convert model.safetensors'
+
+
+def load_pickled(torch: Any, path: str) -> dict[Any, Any]:
+    """The dictionary in a file of torch.save. With a zip archive, the numbers stay on the disk."""
+    is_archive = is_kind(path, tinygpt2.PICKLES[:1])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if is_archive:
+                refuse_compressed(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:  # of many classes, for what a damaged file says
+        raise pickle_error(path, error) from None
+    if isinstance(content, dict):
+        return content
+    found, advice = type(content).__name__, "save the model's state_dict()"
+    raise tinygpt2.FormatError(path, "content", "a dictionary of tensors", found, advice)
+
+
+def refuse_compressed(path: str) -> None:
+    """torch.save stores all as it is. A compressed file could claim much more than it holds."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("its content is compressed")
+
+
+def pickle_error(path: str, error: Exception) -> tinygpt2.FormatError:
+    """One line for an error of torch.load."""
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    if match:
+        expected, found = "only tensors and plain values", f"an object of {match[1][:80]}"
+        advice = f"loading that can run any code; if you trust the file: {saving_code(path)}"
+        return tinygpt2.FormatError(path, "content", expected, found, advice)
+    text = str(error).strip().splitlines() or [""]
+    found = f"{type(error).__name__}: {text[0][:120]}"
+    advice = "the file is damaged or of another kind; save the model's state_dict() again"
+    return tinygpt2.FormatError(path, "content", "what torch.save writes", found, advice)
+
+
+def find_state(torch: Any, path: str, content: dict[Any, Any]) -> dict[str, Any]:
+    """The tensors of the model in what a trainer saved, which may be dictionaries in others."""
+    state = content
+    for _ in NESTS:
+        nests = [state[name] for name in NESTS if isinstance(state.get(name), dict)]
+        state = nests[0] if nests else state
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        expected = f"tensors by their names, or such in one of {', '.join(NESTS)}"
+        found, advice = tinygpt2.quote([*state]), "save the model's state_dict()"
+        raise tinygpt2.FormatError(path, "content", expected, found, advice)
+    return tensors
+
+
+def torch_weights(torch: Any, path: str, name: str, tensor: Any) -> Weights:
+    """A tensor of PyTorch, whose numbers are not copied."""
+    dtype = str(tensor.dtype)
+    field = f"tensor {tinygpt2.quote(name)}"
+    try:
+        tensor = tensor.detach()
+        size = tensor.untyped_storage().nbytes()
+        array = (tensor.view(torch.int16) if dtype == "torch.bfloat16" else tensor).numpy()
+    except Exception:  # sparse, quantized, and other kinds
+        expected, advice = "F32, F16, BF16 or F64", "save the model with one of these types"
+        raise tinygpt2.FormatError(path, field, expected, dtype, advice) from None
+    if array.nbytes > size:
+        found = f"{array.nbytes}, the same ones several times"
+        raise tinygpt2.FormatError(path, field, f"at most {size} bytes", found)
+    if dtype == "torch.bfloat16":
+        array = array.view(np.uint16)
+    return Weights(path, name, TORCH_DTYPES.get(dtype, dtype), array.shape, lambda: array)
+
+
+def checked_model_args(path: str, model_args: object) -> dict[str, Any]:
+    """nanoGPT's model_args in our words. Entries of its variants name another model."""
+    if not isinstance(model_args, dict):
+        found = tinygpt2.quote(model_args)
+        raise tinygpt2.FormatError(path, "model_args", "a dictionary", found)
+    for name, value in model_args.items():
+        is_off = value is None or value is False
+        if name not in MODEL_ARGS and not is_off and "drop" not in str(name):
+            field, found = f"model_args {tinygpt2.quote(name)}", tinygpt2.quote(value)
+            advice = "nanoGPT has no such entry; if it changes nothing in the model, remove it"
+            raise tinygpt2.FormatError(path, field, "none", found, advice)
+    return {ours: model_args[name] for name, ours in MODEL_ARGS.items() if name in model_args}
+
+
+# Files of llm.c
+
+
+def read_llmc(path: str) -> Saved:
+    """The tensors in a file of llm.c: a header of 256 integers, then the numbers, layer by layer.
+
+    The rows that pad the embedding to a round number are left out.
+    """
+    data = np.memmap(path, np.uint8, "r")
+    if len(data) < LLMC_HEADER:
+        raise tinygpt2.FormatError(path, "size", f"at least {LLMC_HEADER} bytes", str(len(data)))
+    version, *sizes, padded = data[4:32].view("<i4").tolist()
+    if version not in LLMC_VERSIONS:
+        expected, advice = "3 (float32) or 5 (bfloat16)", "write it again with a newer llm.c"
+        raise tinygpt2.FormatError(path, "version", expected, str(version), advice)
+    names = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+    for name, size in zip((*names, "vocab_size"), (*sizes, padded)):
+        limit = tinygpt2.SIZE_LIMITS[name]
+        if not 1 <= size <= limit:
+            raise tinygpt2.FormatError(path, name, f"a number from 1 to {limit}", str(size))
+    told = dict(zip(names, sizes))
+    dtype, code = LLMC_VERSIONS[version]
+    shapes = llmc_shapes(told, padded)
+    length = LLMC_HEADER + np.dtype(code).itemsize * sum(map(math.prod, shapes.values()))
+    if len(data) != length:
+        raise tinygpt2.FormatError(path, "size", f"{length} bytes", str(len(data)))
+    numbers = data[LLMC_HEADER:].view(code)
+    tensors: dict[str, Weights] = {}
+    for name, shape in shapes.items():
+        part, numbers = np.split(numbers, [math.prod(shape)])
+        rows = part.reshape(shape)[: told["vocab_size"] if name == EMBEDDING else None]
+        tensors[name] = Weights(path, name, dtype, rows.shape, partial(np.asarray, rows))
+    tensors[HEAD] = tensors[EMBEDDING]
+    return Saved(path, tensors, {**told, "activation_function": ASSUMED["llm.c"]}, "llm.c")
+
+
+def llmc_shapes(told: dict[str, int], padded: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of a file of llm.c in its order, by GPT-2's names."""
+    n = told["n_embd"]
+    layer: dict[str, tuple[int, ...]] = {
+        "ln_1.weight": (n,),
+        "ln_1.bias": (n,),
+        "attn.c_attn.weight": (3 * n, n),
+        "attn.c_attn.bias": (3 * n,),
+        "attn.c_proj.weight": (n, n),
+        "attn.c_proj.bias": (n,),
+        "ln_2.weight": (n,),
+        "ln_2.bias": (n,),
+        "mlp.c_fc.weight": (4 * n, n),
+        "mlp.c_fc.bias": (4 * n,),
+        "mlp.c_proj.weight": (n, 4 * n),
+        "mlp.c_proj.bias": (n,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (padded, n)}
+    shapes["wpe.weight"] = (told["n_positions"], n)
+    for kind, shape in layer.items():
+        shapes.update({f"h.{i}.{kind}": shape for i in range(told["n_layer"])})
+    return {**shapes, "ln_f.weight": (n,), "ln_f.bias": (n,)}
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Tokenizer
 # ------------------------------------------------------------------------------------------------
 
 # The ids are those that transformers 5 gives. Its tokenizer of GPT-2 takes the vocabulary and the
@@ -1467,7 +1936,7 @@ def dict_items(value: object) -> list[tuple[Any, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 4. Hub
+# 5. Hub
 # ------------------------------------------------------------------------------------------------
 
 # The package huggingface_hub fetches. Its cache, tokens, proxies and certificates are its work.
