@@ -212,7 +212,7 @@ LOAD: dict[str, Wrong] = {
         CONVERT,
     ),
     "a .tg2 file cut off": (cut_off, "bytes, as the header says", "the file is damaged"),
-    "llm.c": (content("m.bin", b"\xc6\xd74\x01\3\0\0\0"), "a checkpoint of llm.c", SAVE_AGAIN),
+    "llm.c": (content("m.bin", b"\xc6\xd74\x01\3\0\0\0"), "a checkpoint of llm.c", CONVERT),
     **{name: (content(name, data), found, CONVERT) for name, (data, found) in PICKLED.items()},
     **{name: (content(name, data), "a file of JSON", CONVERT) for name, data in JSONS.items()},
 }
@@ -227,7 +227,7 @@ FOLDERS: dict[str, Wrong] = {
     "OpenAI's folder": (
         only("hparams.json", "model.ckpt.index", "checkpoint"),
         "m/hparams.json: checkpoint: expected model.safetensors, found a TensorFlow checkpoint",
-        SAVE_AGAIN,
+        "download gpt2",
     ),
     "TensorFlow": (only("model-100.ckpt.index"), "a TensorFlow checkpoint", SAVE_AGAIN),
     "Keras": (without("model.safetensors", "tf_model.h5"), "weights of TensorFlow", SAVE_AGAIN),

@@ -203,8 +203,12 @@ SETTINGS_NOT_HONOURED: dict[str, Any] = {  # of generation, each with the value 
 
 
 MERGE = "merge it first: `model.merge_and_unload().save_pretrained(folder)`"
+FROM_OPENAI = (
+    "OpenAI's models: `python tinygpt2.py download gpt2`, gpt2-medium, gpt2-large, gpt2-xl; "
+    "others: `transformers-cli convert --model_type gpt2` of transformers 4, then convert that"
+)
 OTHER_FOLDERS = (  # files of other kinds of folders: what it is, and what to do
-    ("hparams.json", "a TensorFlow checkpoint, as OpenAI's", tinygpt2.SAVE_AGAIN),
+    ("hparams.json", "a TensorFlow checkpoint, as OpenAI's", FROM_OPENAI),
     ("*.ckpt.index", "a TensorFlow checkpoint", tinygpt2.SAVE_AGAIN),
     ("tf_model.h5", "weights of TensorFlow", tinygpt2.SAVE_AGAIN),
     ("saved_model.pb", "a model of TensorFlow", tinygpt2.SAVE_AGAIN),
