@@ -78,10 +78,13 @@ if TYPE_CHECKING:
     import numpy.typing
 
     FloatArray = numpy.typing.NDArray[numpy.float32]
+    Parser = argparse.ArgumentParser
+    Arguments = argparse.Namespace
 
+# For hints that are read at run time, when NumPy may be absent.
+NOT_IMPORTED = ("FloatArray", "ModuleType", "Parser", "Arguments")
 with contextlib.suppress(KeyError):  # a program may execute this file without registering it
-    # For hints that are read at run time, when NumPy may be absent.
-    vars(sys.modules[__name__]).update(FloatArray=Any, ModuleType=Any)
+    vars(sys.modules[__name__]).update(dict.fromkeys(NOT_IMPORTED, Any))
 
 Array = Any  # a NumPy array inside this module; its shape stands in the comments
 Path = Union[str, "os.PathLike[str]"]
@@ -3722,7 +3725,7 @@ def run_arguments(arguments: Optional[Sequence[str]]) -> int:
         return leave.code if isinstance(leave.code, int) else 2
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -3741,7 +3744,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: Parser) -> None:
     add_model_file(parser)
     parser.add_argument(
         "--backend", choices=BACKENDS, help="what computes (default: the fastest that is there)"
@@ -3750,12 +3753,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help=text)
 
 
-def add_model_file(parser: argparse.ArgumentParser) -> None:
+def add_model_file(parser: Parser) -> None:
     text = "a .tg2 file (default: the model that comes with tinygpt2)"
     parser.add_argument("--model", metavar="FILE", help=text)
 
 
-def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+def add_prompt_options(parser: Parser) -> None:
     group = parser.add_mutually_exclusive_group()
     text = "the prompt; - reads it from standard input"
     group.add_argument("--prompt", metavar="TEXT", help=text)
@@ -3778,7 +3781,7 @@ CHOICE_OPTIONS = {  # by their names in `Options`
 }
 
 
-def add_choice_options(parser: argparse.ArgumentParser) -> None:
+def add_choice_options(parser: Parser) -> None:
     for name, (kind, text) in CHOICE_OPTIONS.items():
         default = getattr(Options(), name)
         shown = "a fresh one" if default is None else f"the model's own, or {default}"
@@ -3793,7 +3796,7 @@ def add_choice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
+def add_output_options(parser: Parser) -> None:
     for flag, text in {
         "--text": "with --ids: print the answer as text, not as ids",
         "--json": "print one JSON object: text, ids, finish_reason, seed, figures",
@@ -3802,7 +3805,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, action="store_true", help=text)
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
+def add_commands(parser: Parser) -> None:
     import argparse
 
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="tinygpt2")
@@ -3829,7 +3832,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         command.set_defaults(run=run)
 
 
-def add_convert_options(parser: argparse.ArgumentParser) -> None:
+def add_convert_options(parser: Parser) -> None:
     text = "the checkpoint: a folder, a .safetensors file, or one of nanoGPT, minGPT or llm.c"
     parser.add_argument("source", help=text)
     text = "the .tg2 file to write"
@@ -3842,7 +3845,7 @@ def add_convert_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation", choices=ACTIVATIONS, default=None, help=text)
 
 
-def add_download_options(parser: argparse.ArgumentParser) -> None:
+def add_download_options(parser: Parser) -> None:
     parser.add_argument("name", help="its name on the hub: gpt2, or owner/name")
     text = "the .tg2 file to write (default: the name, without the owner, and .tg2)"
     parser.add_argument("-o", "--out", default=None, metavar="FILE", help=text)
@@ -3850,14 +3853,14 @@ def add_download_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", default="main", help=text)
 
 
-def add_score_options(parser: argparse.ArgumentParser) -> None:
+def add_score_options(parser: Parser) -> None:
     add_model_options(parser)
     add_prompt_options(parser)
     text = "print one JSON object, with the log-probability of every token"
     parser.add_argument("--json", action="store_true", help=text)
 
 
-def add_info_options(parser: argparse.ArgumentParser) -> None:
+def add_info_options(parser: Parser) -> None:
     parser.add_argument("file", nargs="?", default=None, help="the same as --model")
     add_model_file(parser)
     text = "also check the checksum of the data and the vocabulary"
@@ -3866,7 +3869,7 @@ def add_info_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", action="store_true", default=False, help=text)
 
 
-def add_bench_options(parser: argparse.ArgumentParser) -> None:
+def add_bench_options(parser: Parser) -> None:
     add_model_options(parser)
     text = "tokens to decode in a run (default: 32)"
     parser.add_argument("--max-tokens", type=int, default=32, metavar="N", help=text)
@@ -3874,11 +3877,11 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, default=5, metavar="N", help=text)
 
 
-def load_model(options: argparse.Namespace) -> Model:
+def load_model(options: Arguments) -> Model:
     return load(options.model, backend=options.backend, threads=options.threads)
 
 
-def read_prompt(options: argparse.Namespace) -> Optional[Union[str, list[int]]]:
+def read_prompt(options: Arguments) -> Optional[Union[str, list[int]]]:
     """The prompt that the options name, as text or ids; None if they name none."""
     if options.ids is not None:  # wrong bytes are not numbers either
         return parse_ids(read_argument(options.ids, "--ids", "replace"))
@@ -3950,7 +3953,7 @@ def decode(data: bytes, start: int, encoding: str, name: str, errors: str) -> st
         raise InputError(f"{name}: expected {encoding.upper()}, found {found}; {advice}") from None
 
 
-def run_generate(options: argparse.Namespace) -> None:
+def run_generate(options: Arguments) -> None:
     options.stop = [argument_text(text, "--stop", options.errors) for text in options.stop]
     prompt = read_prompt(options)
     if prompt is None and not (sys.stdin and sys.stdin.isatty()):
@@ -3964,9 +3967,7 @@ def run_generate(options: argparse.Namespace) -> None:
             print_answer(model, prompt, choices, options)
 
 
-def print_answer(
-    model: Model, prompt: Prompt, choices: dict[str, Any], options: argparse.Namespace
-) -> None:
+def print_answer(model: Model, prompt: Prompt, choices: dict[str, Any], options: Arguments) -> None:
     """Print the answer as it comes, or as JSON at its end; then notes on standard error."""
     as_text = options.ids is None or options.text
     answer = model.begin(prompt, options.special, choices, as_text, False)
@@ -4097,7 +4098,7 @@ def printed_notes() -> Iterator[None]:
     print(notes.getvalue(), end="", file=sys.stderr)
 
 
-def run_convert(options: argparse.Namespace) -> None:
+def run_convert(options: Arguments) -> None:
     with printed_notes():
         convert(
             options.source,
@@ -4109,7 +4110,7 @@ def run_convert(options: argparse.Namespace) -> None:
         )
 
 
-def run_download(options: argparse.Namespace) -> None:
+def run_download(options: Arguments) -> None:
     out = options.out or options.name.rpartition("/")[2] + ".tg2"
     bar = progress_bar()
     fetch = load_companion("convert").download
@@ -4117,7 +4118,7 @@ def run_download(options: argparse.Namespace) -> None:
         fetch(options.name, out, options.revision, bar, bars=bar is not None)
 
 
-def run_score(options: argparse.Namespace) -> None:
+def run_score(options: Arguments) -> None:
     prompt = read_prompt(options)
     if prompt is None:
         raise InputError("no text: pass --prompt TEXT, or --prompt - to read standard input")
@@ -4136,7 +4137,7 @@ def run_score(options: argparse.Namespace) -> None:
         print("\n".join(f"{name}: {value}" for name, value in figures.items()))
 
 
-def run_info(options: argparse.Namespace) -> None:
+def run_info(options: Arguments) -> None:
     """Print a file's configuration and tensors, or what computes here; check it if asked to."""
     path = options.file or options.model
     if options.system:
@@ -4251,7 +4252,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def run_bench(options: argparse.Namespace) -> None:
+def run_bench(options: Arguments) -> None:
     """Measure prompts and decoding; the median of the runs, in tokens per second."""
     for name in ("max_tokens", "runs"):
         count = getattr(options, name)
