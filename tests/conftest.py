@@ -404,7 +404,14 @@ needs_cc = pytest.mark.skipif(not is_there("cc"), reason="needs a C compiler cal
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A soak test counts as slow, so that `-m "not slow"` leaves it out."""
+    """A soak test counts as slow, so that `-m "not slow"` leaves it out. Of a table of many cases
+    of one kind, every fifth is in the fast lane."""
+    cases: dict[Any, int] = {}
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker("slow")
+        if item.get_closest_marker("table"):
+            function = getattr(item, "function", None)
+            cases[function] = cases.get(function, -1) + 1
+            if cases[function] % 5:
+                item.add_marker("slow")

@@ -586,6 +586,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("files", "name", "field"), REFUSED.values(), ids=REFUSED)
 def test_refused_by_name(tmp_path: Path, files: dict[str, Any], name: str, field: str) -> None:
     folder = write_folder(tmp_path / "m", files)
@@ -711,6 +712,7 @@ BAD_LISTS: dict[str, tuple[object, str]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("content", "field"), BAD_LISTS.values(), ids=BAD_LISTS)
 def test_bad_character_lists(tmp_path: Path, content: object, field: str) -> None:
     folder = write_checkpoint(tmp_path / "m", tokenizer=False)

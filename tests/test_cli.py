@@ -189,6 +189,7 @@ MARKS = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("given", "prompt"),
     [
@@ -228,6 +229,7 @@ NOT_TEXT_IN_A_FILE = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("given", "replaced", "words"), NOT_TEXT + NOT_TEXT_IN_A_FILE, ids=ascii)
 def test_bytes_that_are_no_text(
     toy: Model, toy_path: Path, given: bytes, replaced: str, words: list[str]
@@ -447,6 +449,7 @@ def test_the_output_is_utf_8_in_every_locale(
 # Wrong usage: 2, and what is wrong
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
@@ -466,6 +469,7 @@ def test_a_wrong_value_is_named(toy_path: Path, flag: str, value: str) -> None:
     check_failure(call("--model", toy_path, "--prompt", "a", f"{flag}={value}"), 2, flag[2:])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [

@@ -753,6 +753,7 @@ REFUSALS: dict[str, tuple[Spoil, str, str]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("spoil", "name", "field"), REFUSALS.values(), ids=REFUSALS.keys())
 def test_refused(tmp_path: Path, weights: Weights, spoil: Spoil, name: str, field: str) -> None:
     folder = write_checkpoint(tmp_path / "m", CONFIG, weights)

@@ -320,6 +320,7 @@ BAD_VERSION_1: list[tuple[str, object, str]] = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "value", "field"), BAD_VERSION_1, ids=repr)
 def test_version_1_with_bad_values(
     small_path: Path, tmp_path: Path, name: str, value: object, field: str
@@ -649,6 +650,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("content", "field"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_bad_safetensors(tmp_path: Path, content: bytes, field: str) -> None:
     path = tmp_path / "bad.safetensors"
@@ -811,6 +813,7 @@ def test_max_length_that_a_model_brings(small_path: Path, tmp_path: Path) -> Non
         assert len(session) == 4  # the refused prompt was not taken
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "value", "field"), BAD_METADATA)
 def test_bad_metadata(
     small_path: Path, tmp_path: Path, name: str, value: object, field: str
@@ -882,6 +885,7 @@ BAD_CONFIG: list[tuple[str, object, str]] = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "value", "field"), BAD_CONFIG)
 def test_bad_config(small_path: Path, tmp_path: Path, name: str, value: object, field: str) -> None:
     path = tmp_path / "bad.tg2"
@@ -1043,6 +1047,7 @@ def patch(source: Path, path: Path, tensor: str, index: int, *values: int) -> No
 N_MERGES, N_TOKENS = 8, 265  # of the tests' tokenizer, whose vocabulary SMALL rounds up to 270
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("tensor", "index", "values", "expected"),
     [

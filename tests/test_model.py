@@ -855,6 +855,7 @@ def panels_of(matrix: np.ndarray) -> np.ndarray:
     return panels
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rows", [1, 2, 16, 47, 48, 49, 130])
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (3, 16), (33, 17), (20, 129), (7, 300)])
 def test_linear(rows: int, k: int, n: int) -> None:

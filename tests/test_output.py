@@ -59,6 +59,7 @@ def linked_folder(path: Path) -> Path:
 SPELLINGS = [plain, roundabout, soft_link, hard_link, linked_folder]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", READ)
 @pytest.mark.parametrize("spell", SPELLINGS)
 def test_a_file_that_is_read(source: Path, name: str, spell: Callable[[Path], Path]) -> None:

@@ -671,6 +671,7 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "value"), WRONG, ids=ascii)
 def test_a_wrong_option_is_named(toy: tinygpt2.Model, name: str, value: Any) -> None:
     if name == "logit_bias" and not isinstance(value, dict) and is_compiled:

@@ -145,6 +145,7 @@ WRONG_IDS: list[Any] = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("ids", WRONG_IDS, ids=ascii)
 @pytest.mark.parametrize("use", ["feed", "generate", "stream", "logits", "score", "decode"])
 def test_wrong_ids_are_refused_with_their_position(toy: Model, ids: Any, use: str) -> None:
@@ -155,6 +156,7 @@ def test_wrong_ids_are_refused_with_their_position(toy: Model, ids: Any, use: st
     assert session.tokens == [1]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("prompt", [None, 5, 1.5, b"text", bytearray(b"text")], ids=ascii)
 @pytest.mark.parametrize("use", ["generate", "logits", "score"])
 def test_what_is_neither_text_nor_ids_is_refused(toy: Model, prompt: Any, use: str) -> None:

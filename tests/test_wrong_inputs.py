@@ -308,6 +308,7 @@ def refusal(command: list[str], path: Path, folder: Path) -> str:
     return line
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("make", "found", "advice"), [*BOTH.values(), *LOAD.values()], ids=[*BOTH, *LOAD]
 )
@@ -320,6 +321,7 @@ def test_as_a_model(
     assert advice in line.partition(" (")[2]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("make", "found", "advice"), [*BOTH.values(), *SOURCES.values()], ids=[*BOTH, *SOURCES]
 )
