@@ -408,6 +408,20 @@ def pickled_model(source: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
+def test_pickled_weights(hub: Hub, source: Path, tmp_path: Path) -> None:
+    """The same file as from safetensors."""
+    torch = pytest.importorskip("torch", reason="writes and reads pytorch_model.bin")
+    folder = pickled_model(source, tmp_path / "m")
+    _, weights = read_safetensors(source / WEIGHTS)
+    tensors = {name: torch.tensor(array) for name, array in weights.items()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    hub.publish(folder)
+    out = tmp_path / "out.tg2"
+    assert download(hub, out, NAME) == (0, "", "")
+    assert out.read_bytes() == converted(source)
+
+
 def test_pickled_weights_without_torch(hub: Hub, source: Path, tmp_path: Path) -> None:
     """They are not fetched for nothing."""
     hub.publish(pickled_model(source, tmp_path / "m"))

@@ -218,12 +218,12 @@ OTHER_FOLDERS = (  # files of other kinds of folders: what it is, and what to do
     ("adapter_model.*", "a PEFT adapter", MERGE),
     ("snapshots", "the hub's cache", "name a folder inside this one"),
     ("checkpoint-*", "a checkpoint inside the folder", "name this one"),
-    ("*.tg2", "a .tg2 file, which needs no conversion", "name it with --model"),
     ("*.safetensors", "weights of another name", "name this file; put its config.json beside it"),
     ("*.pt", "a file of PyTorch", "name this file"),
     ("*.pth", "a file of PyTorch", "name this file"),
     ("*.ckpt", "a file of PyTorch", "name this file"),
     ("*.bin", "a file of PyTorch", "name this file"),
+    ("*.tg2", "a .tg2 file, which needs no conversion", "name it with --model"),
 )
 
 
@@ -1062,19 +1062,19 @@ def import_torch(path: str) -> Any:
             return torch
     except (ImportError, OSError) as error:
         found = str(error)
-    advice = f"install it, or where it is: {saving_code(path)}"
+    advice = f"install it, or {saving_code(path, weights_only=True)}"
     raise tinygpt2.FormatError(path, "checkpoint", "PyTorch 2.6 or later", found, advice)
 
 
-def saving_code(path: str) -> str:
+def saving_code(path: str, weights_only: bool) -> str:
     """Three lines of Python that write a checkpoint of PyTorch as safetensors."""
-    name = os.path.basename(path)
+    state = "{k: v.contiguous().clone() for k, v in c.items() if torch.is_tensor(v)}"
     code = (
         "import torch; from safetensors.torch import save_file; "
-        f"c = torch.load({name!r}, 'cpu', weights_only=False); c = c.get('model', c); "
-        "save_file({k: v.contiguous().clone() for k, v in c.items()}, 'model.safetensors')"
+        f"c = torch.load({os.path.basename(path)!r}, 'cpu', weights_only={weights_only}); "
+        f"c = c.get('model', c); save_file({state}, 'model.safetensors')"
     )
-    return f'python -c "{code}"; then convert model.safetensors'
+    return f'in its folder, where PyTorch is: python -c "{code}", then convert model.safetensors'
 
 
 def load_pickled(torch: Any, path: str) -> dict[Any, Any]:
@@ -1106,7 +1106,8 @@ def pickle_error(path: str, error: Exception) -> tinygpt2.FormatError:
     match = re.search(r"GLOBAL (\S+)", str(error))
     if match:
         expected, found = "only tensors and plain values", f"an object of {match[1][:80]}"
-        advice = f"loading that can run any code; if you trust the file: {saving_code(path)}"
+        code = saving_code(path, weights_only=False)
+        advice = f"loading that can run any code; if you trust the file, {code}"
         return tinygpt2.FormatError(path, "content", expected, found, advice)
     text = str(error).strip().splitlines() or [""]
     found = f"{type(error).__name__}: {text[0][:120]}"
@@ -1142,8 +1143,6 @@ def torch_weights(torch: Any, path: str, name: str, tensor: Any) -> Weights:
     if array.nbytes > size:
         found = f"{array.nbytes}, the same ones several times"
         raise tinygpt2.FormatError(path, field, f"at most {size} bytes", found)
-    if dtype == "torch.bfloat16":
-        array = array.view(np.uint16)
     return Weights(path, name, TORCH_DTYPES.get(dtype, dtype), array.shape, lambda: array)
 
 
