@@ -264,7 +264,8 @@ PAUSE = """if True:
     convert = companion.convert
     def pause(*_):
         print("writing", flush=True)
-        time.sleep(60)
+        for _ in range(600):  # a signal that comes just before a sleep is seen after it
+            time.sleep(0.1)
     companion.convert = lambda source, out, progress, *more: convert(source, out, pause, *more)
     sys.exit(tinygpt2.main(sys.argv[1:]))
 """
