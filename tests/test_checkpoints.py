@@ -123,6 +123,7 @@ ENTRIES: list[dict[str, Any]] = [
     {"n_inner": 64},
     {"resid_pdrop": 1, "attn_pdrop": 0.5, "use_cache": False, "pad_token_id": -1},
     {"quantization_config": None, "add_cross_attention": False, "pruned_heads": {}},
+    {"sliding_window": None, "is_causal": True, "layer_types": ["full_attention"] * 2},
     {"bos_token_id": -1, "eos_token_id": [-1, 99999]},
     {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}},
 ]
@@ -188,8 +189,16 @@ def test_config_entries_that_are_refused(tmp_path: Path, entries: dict[str, Any]
 
 
 def test_entries_that_make_another_model(tmp_path: Path) -> None:
-    for name in ("add_cross_attention", "is_encoder_decoder"):
-        assert refusal(write(tmp_path / "m", {name: True})).field == name
+    others: dict[str, object] = {
+        "add_cross_attention": True,
+        "is_encoder_decoder": True,
+        "is_causal": False,
+        "sliding_window": 4,
+        "attention_chunk_size": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+    }
+    for name, value in others.items():
+        assert refusal(write(tmp_path / "m", {name: value})).field == name
 
 
 @pytest.mark.slow

@@ -965,3 +965,17 @@ def test_linear_layout_and_older_names(tmp_path: Path) -> None:
     for i in (1, 2):
         with tinygpt2.load(tmp_path / f"{i}.tg2") as model:
             assert (model.logits([1, 2, 3]) == expected).all()
+
+
+@pytest.mark.slow
+def test_what_the_file_says_comes_before_a_config_beside_it(
+    tmp_path: Path, trained: Callable[[str], Trained]
+) -> None:
+    """The config.json of another model, with other heads and another activation."""
+    model = trained("nanoGPT without bias")
+    torch.save(nanogpt_checkpoint(model), tmp_path / "ckpt.pt")
+    tinygpt2.convert(tmp_path / "ckpt.pt", tmp_path / "alone.tg2")
+    config = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 8}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
+    tinygpt2.convert(tmp_path / "ckpt.pt", tmp_path / "beside.tg2")
+    assert (tmp_path / "beside.tg2").read_bytes() == (tmp_path / "alone.tg2").read_bytes()

@@ -71,12 +71,14 @@ def convert(
     target = tinygpt2.path_text(out, "out")
     chosen = None if tokenizer is None else tinygpt2.path_text(tokenizer, "tokenizer")
     refuse_overwriting(target, [*files, *files_read(folder), *files_read(chosen)])
-    told = checkpoint_config(folder) if has_config(path, files) else None
-    if not told and not chosen:
-        refuse_character_pickle(os.path.join(folder, "meta.pkl"))
-    vocabulary = find_vocabulary(folder, chosen)
     with contextlib.ExitStack() as stack:
         saved = read_files(stack, files)
+        # A file that says what it is comes before the config.json of another model beside it.
+        is_trainers = bool(saved.told) or not has_config(path, files)
+        told = None if is_trainers else checkpoint_config(folder)
+        if not told and not chosen:
+            refuse_character_pickle(os.path.join(folder, "meta.pkl"))
+        vocabulary = find_vocabulary(folder, chosen)
         parts = gpt2_parts(saved.path, saved.tensors)
         config = told or trained_config(saved, parts, heads, activation)
         settle("heads", heads, config.n_head)
@@ -168,9 +170,12 @@ SAME_ACTIVATION = {  # other names in transformers for the same function
 }
 UNSUPPORTED = {  # entries of config.json that make another model of the same tensors
     "add_cross_attention": "encoders are not supported",
+    "attention_chunk_size": "attention within chunks is not supported",
     "is_encoder_decoder": "encoders are not supported",
+    "layer_types": "layers of different kinds are not supported",
     "per_layer_config": "layers of different sizes are not supported",
     "quantization_config": "save the model with float weights: load it, `dequantize()`, save it",
+    "sliding_window": "attention within a window is not supported",
     "transformers_weights": f"rename that file to {WEIGHTS}, and remove this entry",
 }
 SETTINGS_NOT_HONOURED: dict[str, Any] = {  # of generation, each with the value of no effect
@@ -178,6 +183,8 @@ SETTINGS_NOT_HONOURED: dict[str, Any] = {  # of generation, each with the value 
     "bad_words_ids": None,
     "constraints": None,
     "dola_layers": None,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
     "epsilon_cutoff": 0,
     "eta_cutoff": 0,
     "exponential_decay_length_penalty": None,
@@ -389,8 +396,17 @@ def refuse_other_architectures(path: str, content: dict[str, Any]) -> None:
         raise tinygpt2.FormatError(path, "model_type", "'gpt2'", tinygpt2.quote(kind), advice)
     for name, advice in UNSUPPORTED.items():
         value = content.get(name)
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != usual_layers(value):
             raise tinygpt2.FormatError(path, name, "none", tinygpt2.quote(value), advice)
+    if not content.get("is_causal", True):
+        found = tinygpt2.quote(content["is_causal"])
+        advice = "a model whose tokens see later ones cannot generate text"
+        raise tinygpt2.FormatError(path, "is_causal", "true", found, advice)
+
+
+def usual_layers(value: object) -> list[str]:
+    """The entry `layer_types` of a model whose layers are all of GPT-2's kind."""
+    return ["full_attention"] * len(value) if isinstance(value, list) else []
 
 
 def model_values(path: str, content: dict[str, Any]) -> dict[str, Any]:
