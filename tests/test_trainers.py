@@ -676,7 +676,7 @@ BAD_ARGS: dict[str, tuple[dict[str, Any], str]] = {
     "a tensor": ({"vocab_size": "tensor"}, "vocab_size"),
     "relu": ({"use_relu": True}, "model_args 'use_relu'"),
     "another norm": ({"norm": "rms"}, "model_args 'norm'"),
-    "bias and none there": ({"bias": True}, "layer norms"),
+    "bias and none there": ({"bias": True}, "model_args bias=True: .* found none"),
 }
 
 
@@ -979,3 +979,22 @@ def test_what_the_file_says_comes_before_a_config_beside_it(
     (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
     tinygpt2.convert(tmp_path / "ckpt.pt", tmp_path / "beside.tg2")
     assert (tmp_path / "beside.tg2").read_bytes() == (tmp_path / "alone.tg2").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", ["attn.c_attn.bias", "c_proj.bias", "ln_f.bias", ".bias"])
+def test_biases_are_those_that_model_args_tell(
+    tmp_path: Path, trained: Callable[[str], Trained], left_out: str
+) -> None:
+    """nanoGPT writes all of them or none."""
+    model = trained("nanoGPT")
+    state = {
+        k: v for k, v in nanogpt_checkpoint(model)["model"].items() if not k.endswith(left_out)
+    }
+    torch.save(nanogpt_checkpoint(model, state), tmp_path / "ckpt.pt")
+    with pytest.raises(FormatError, match="model_args bias=True: expected the biases of all"):
+        tinygpt2.convert(tmp_path / "ckpt.pt", tmp_path / "m.tg2")
+    told = model._replace(args={**model.args, "bias": False})
+    torch.save(nanogpt_checkpoint(told), tmp_path / "ckpt.pt")
+    with pytest.raises(FormatError, match="model_args bias=False: expected no biases"):
+        tinygpt2.convert(tmp_path / "ckpt.pt", tmp_path / "m.tg2")

@@ -934,14 +934,31 @@ def refuse_other_tensors(saved: Saved) -> None:
                 raise tinygpt2.FormatError(saved.path, field, "a causal mask", found, advice)
 
 
+BIASES = {
+    "ln_1.bias",
+    "ln_2.bias",
+    "ln_f.bias",
+    "attn.c_attn.bias",
+    "attn.c_proj.bias",
+    "mlp.c_fc.bias",
+    "mlp.c_proj.bias",
+}
+
+
 def refuse_other_biases(saved: Saved, parts: dict[str, Weights]) -> None:
     """Refuse what no model of these trainers lacks. A norm without bias is often another norm."""
-    kinds = {kind_of(name) for name in parts if name.endswith(".bias")}
+    kinds = {kind_of(name) for name in parts} & BIASES
     norms = {"ln_1.bias", "ln_2.bias", "ln_f.bias"}
-    has_others = bool(kinds - norms) or saved.told.get("bias") is True
+    told = saved.told.get("bias")
+    if isinstance(told, bool) and kinds != (BIASES if told else set()):
+        advice = "the tensors and model_args do not belong together"
+        expected = "the biases of all layers" if told else "no biases"
+        found = ", ".join(sorted(kinds)) or "none"
+        raise tinygpt2.FormatError(saved.path, f"model_args bias={told}", expected, found, advice)
+    has_others = bool(kinds - norms)
     if has_others and not norms <= kinds:
         advice = "other norms than LayerNorm are not supported"
-        found = "none, beside other biases" if kinds else "none, and model_args says bias=True"
+        found = "none, beside other biases"
         raise tinygpt2.FormatError(saved.path, "layer norms", "biases of all", found, advice)
 
 
@@ -1635,11 +1652,10 @@ def named_tokens(
     others = {
         name: value
         for name, value in values.items()
-        if name.endswith("_token")
-        and name not in NAMED
-        and isinstance(value, (str, tinygpt2.AddedToken))
+        if name.endswith("_token") and name not in NAMED and is_named_token(value)
     }
-    others.update(extra if isinstance(extra, dict) else {})
+    for more in (extra, values.get("model_specific_special_tokens")):
+        others.update(more if isinstance(more, dict) else {})
     named: Named = {}
     for name in (*NAMED, *others):
         value = others[name] if name in others else values.get(name, defaults.get(name))
@@ -1649,6 +1665,12 @@ def named_tokens(
         is_known = name in NAMED and name in values
         named[name] = by_text.get(text_of(token), token) if is_known else token
     return named
+
+
+def is_named_token(value: object) -> bool:
+    """Whether transformers takes the value of a name that ends with "_token" for a token."""
+    is_object = isinstance(value, dict) and value.get("__type") == "AddedToken"
+    return is_object or isinstance(value, (str, tinygpt2.AddedToken))
 
 
 def extra_of(path: str, values: dict[str, Any]) -> list[Any]:
@@ -1694,6 +1716,10 @@ def number_added(
             continue
         number = ids.get(token.text, max(len(ids), last + 1))
         field = f"added token {tinygpt2.quote(token.text)}"
+        if token.text not in ids and max(ids.values(), default=0) >= len(ids):
+            found = "a vocabulary whose ids leave a gap"
+            advice = "it is not certain which id a new token had in training; number them anew"
+            raise tinygpt2.FormatError(path, field, "ids from 0 on", found, advice)
         if token.text in added:
             number = added[token.text].id
             if token.normalized != added[token.text].normalized:
@@ -1715,8 +1741,8 @@ def number_added(
 def ends_template(options: dict[str, Any], named: Named) -> dict[str, Any]:
     """The post-processor that GPT2Tokenizer makes of add_bos_token and add_eos_token."""
     bos, eos = text_of(named.get("bos_token")), text_of(named.get("eos_token"))
-    before = [piece_of(bos)] if options.get("add_bos_token") and bos else []
-    after = [piece_of(eos)] if options.get("add_eos_token") and eos else []
+    before = [piece_of(bos)] if options.get("add_bos_token") is True and bos else []
+    after = [piece_of(eos)] if options.get("add_eos_token") is True and eos else []
     single = [*before, {"Sequence": {"id": "A"}}, *after]
     return {"type": "TemplateProcessing", "single": single, "special_tokens": {}}
 
