@@ -258,6 +258,21 @@ FOLDERS: dict[str, dict[str, Any]] = {
         "tokenizer": tokenizer_json(end_entry(), Y, pre_tokenizer=byte_level(True)),
     },
     "begin token": {"tokenizer_config": {"add_bos_token": True}},
+    "as the slow tokenizer of transformers 4 saved it": {
+        "tokenizer_config": {
+            "tokenizer_class": "GPT2Tokenizer",
+            "pad_token": None,
+            **{
+                f"{role}_token": {"__type": "AddedToken", **entry(END, normalized=True)}
+                for role in ("bos", "eos", "unk")
+            },
+        },
+        "special_tokens_map": {
+            **{f"{role}_token": entry(END, normalized=True) for role in ("bos", "eos", "unk")},
+            "pad_token": END,
+        },
+    },
+    "begin token that is text": {"tokenizer_config": {"add_bos_token": "false"}},
     "begin token of another name": {"tokenizer_config": {"add_bos_token": 1, "bos_token": "<s>"}},
     "end token": {
         "tokenizer_config": {"add_eos_token": True, "eos_token": typed("</s>", lstrip=True)}
@@ -330,6 +345,15 @@ FOLDERS: dict[str, dict[str, Any]] = {
             "eos_token": "the",
         }
     },
+    "new role, as an object": {
+        "tokenizer_config": {
+            "image_token": {"__type": "AddedToken", **entry("<img>", special=True)},
+            "pad_token": "<pad>",
+        }
+    },
+    "new role of the model's own": {
+        "tokenizer_config": {"model_specific_special_tokens": {"z_token": "<z>"}}
+    },
     "new roles": {
         "tokenizer_config": {"image_token": "<img>", "extra_special_tokens": {"foo_token": "<foo>"}}
     },
@@ -381,7 +405,7 @@ TEXTS = [
     "",
     "the a",
     f"the {END} a<x><y><z> <s> </s> the </s> <m> [PAD]<u><v><w> <q><r> é Ġq q",
-    "THE the[PAD]<img><foo>  <y>  the",
+    "THE the[PAD]<img><foo> <z>  <y>  the",
     END,
 ]
 

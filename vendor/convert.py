@@ -1397,7 +1397,7 @@ def read_vocabulary_file(path: str) -> Vocabulary:
     refuse_pickle(path)
     data = read_json(path)
     if isinstance(data.get("model"), dict):
-        return build_vocabulary(path, path, data, added_in(path, data))
+        return build_vocabulary(path, path, data, added_in(path, data), [])
     return character_vocabulary(path, data)
 
 
@@ -1438,7 +1438,7 @@ def read_vocabulary(folder: str) -> Vocabulary | None:
         if not has_json:
             rebuilt["post_processor"] = ends_template(options, named)
         data = rebuilt
-    return build_vocabulary(path, path if has_json else merges, data, [*added, *more])
+    return build_vocabulary(path, path if has_json else merges, data, added, more)
 
 
 def refuse_other_tokenizers(folder: str) -> None:
@@ -1705,13 +1705,20 @@ def new_ones(
 
 
 def number_added(
-    path: str, ids: dict[str, int], tokens: list[tinygpt2.AddedToken]
+    path: str,
+    ids: dict[str, int],
+    there: list[tinygpt2.AddedToken],
+    more: list[tinygpt2.AddedToken],
 ) -> tuple[tinygpt2.AddedToken, ...]:
-    """Added tokens with the ids that the `tokenizers` library gives them, one after the other."""
+    """Added tokens with the ids that the `tokenizers` library gives them, one after the other.
+
+    `there` are those of tokenizer.json, and `more` those that transformers adds in one call. Of
+    two with one text in one call, the last one's flags count.
+    """
     owners = {token: text for text, token in ids.items()}
     added: dict[str, tinygpt2.AddedToken] = {}
     last = NEW
-    for token in tokens:
+    for place, token in enumerate([*there, *more]):
         if not token.text:
             continue
         number = ids.get(token.text, max(len(ids), last + 1))
@@ -1722,7 +1729,9 @@ def number_added(
             raise tinygpt2.FormatError(path, field, "ids from 0 on", found, advice)
         if token.text in added:
             number = added[token.text].id
-            if token.normalized != added[token.text].normalized:
+            earlier = there if place < len(there) else more[: place - len(there)]
+            is_again = any(other.text == token.text for other in earlier)
+            if token.normalized != added[token.text].normalized and not is_again:
                 expected = "the same flags wherever it is named"
                 raise tinygpt2.FormatError(path, field, expected, "others")
             token = token._replace(special=token.special or added[token.text].special)
@@ -1741,8 +1750,10 @@ def number_added(
 def ends_template(options: dict[str, Any], named: Named) -> dict[str, Any]:
     """The post-processor that GPT2Tokenizer makes of add_bos_token and add_eos_token."""
     bos, eos = text_of(named.get("bos_token")), text_of(named.get("eos_token"))
-    before = [piece_of(bos)] if options.get("add_bos_token") is True and bos else []
-    after = [piece_of(eos)] if options.get("add_eos_token") is True and eos else []
+    # A string would be a token: names that end with "_token" name one.
+    adds = {name: value for name, value in options.items() if not isinstance(value, str)}
+    before = [piece_of(bos)] if adds.get("add_bos_token") and bos else []
+    after = [piece_of(eos)] if adds.get("add_eos_token") and eos else []
     single = [*before, {"Sequence": {"id": "A"}}, *after]
     return {"type": "TemplateProcessing", "single": single, "special_tokens": {}}
 
@@ -1808,7 +1819,11 @@ def token_id(value: object) -> int:
 
 
 def build_vocabulary(
-    path: str, merges_path: str, data: dict[str, Any], added: list[tinygpt2.AddedToken]
+    path: str,
+    merges_path: str,
+    data: dict[str, Any],
+    there: list[tinygpt2.AddedToken],
+    more: list[tinygpt2.AddedToken],
 ) -> Vocabulary:
     """The vocabulary in bytes. Only GPT-2's kind is accepted."""
     model = byte_level_model(path, data)
@@ -1818,7 +1833,7 @@ def build_vocabulary(
     base = set(ids.values())
     merges = number_merges(merges_path, ids, merge_texts(path, model["merges"]))
     refuse_shared_ids(path, ids)
-    numbered = number_added(path, ids, added)
+    numbered = number_added(path, ids, there, more)
     ids = {**ids, **{token.text: token.id for token in numbered}}
     before, after = tokens_around(path, data.get("post_processor"), ids)
     alphabet = byte_alphabet()
