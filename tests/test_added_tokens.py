@@ -725,6 +725,7 @@ BAD_LISTS: dict[str, tuple[object, str]] = {
     "twice": ({"stoi": {"a": 0, "b": 0}}, "token 'b'"),
     "twice in itos": ({"itos": ["a", "a"]}, "itos"),
     "a text": ({"itos": "ab"}, "itos"),
+    "two that disagree": ({"stoi": {"a": 0, "b": 1}, "itos": ["b", "a"]}, "itos"),
     "numbers": ({"itos": [1, 2]}, "itos"),
     "lists": ({"itos": [["a"], ["b"]]}, "itos"),
     "names": ({"itos": {"x": "a"}}, "itos"),

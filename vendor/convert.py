@@ -323,10 +323,11 @@ def is_kind(path: str, kinds: Sequence[tuple[bytes, str, str]]) -> bool:
 
 
 def files_read(path: str | None) -> list[str]:
-    """The files that conversion may read: one, or those in a folder."""
+    """The files that conversion may read, or tell how to read: one, or those in a folder."""
     if path is None:
         return []
-    return [path, *(os.path.join(path, name) for name in (*SMALL_FILES, *WEIGHT_FILES))]
+    names = (*SMALL_FILES, *WEIGHT_FILES, "meta.pkl")
+    return [path, *(os.path.join(path, name) for name in names)]
 
 
 def refuse_overwriting(target: str, sources: list[str]) -> None:
@@ -1961,8 +1962,12 @@ def byte_alphabet() -> dict[str, int]:
 def character_vocabulary(path: str, data: dict[str, Any]) -> Vocabulary:
     """A character list: {"stoi": {...}}, {"itos": ...}, or the characters with their ids."""
     ids = data.get("stoi", data)
-    if "stoi" not in data and "itos" in data:
-        ids = texts_by_id(path, data["itos"])
+    if "itos" in data:
+        by_id = texts_by_id(path, data["itos"])
+        ids = data.get("stoi", by_id)
+        if ids != by_id:
+            expected = "the same characters and ids as in stoi"
+            raise tinygpt2.FormatError(path, "itos", expected, tinygpt2.quote(data["itos"]))
     if not isinstance(ids, dict) or not ids:
         expected = "an object of characters with their ids"
         raise tinygpt2.FormatError(path, "stoi", expected, tinygpt2.quote(ids))
