@@ -279,6 +279,7 @@ def test_a_call_prints_nothing(hub: Hub, source: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == converted(source)
 
 
+@pytest.mark.soak
 def test_bars_at_a_terminal(hub: Hub, source: Path, tmp_path: Path) -> None:
     pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))
     hub.publish(source)
@@ -345,6 +346,7 @@ def fill_cache(home: Path, source: Path, name: str) -> Path:
     return snapshot
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("offline", ["1", ""])
 @pytest.mark.parametrize("cached", ["gpt2", "openai-community/gpt2"])
 @pytest.mark.parametrize("asked", ["gpt2", "openai-community/gpt2"])
@@ -360,6 +362,7 @@ def test_old_and_new_name(
     assert hub.fetched() == set()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
 def test_old_and_new_name_on_the_hub(hub: Hub, source: Path, tmp_path: Path, name: str) -> None:
     hub.publish(source, "openai-community/gpt2")
@@ -367,6 +370,7 @@ def test_old_and_new_name_on_the_hub(hub: Hub, source: Path, tmp_path: Path, nam
     assert download(hub, tmp_path / "out.tg2", name) == (0, "", "")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("cached", [False, True])
 def test_tokenizer_of_another_model(hub: Hub, source: Path, tmp_path: Path, cached: bool) -> None:
     """`convert --tokenizer NAME` fetches a tokenizer, and no weights."""
@@ -385,6 +389,7 @@ def test_tokenizer_of_another_model(hub: Hub, source: Path, tmp_path: Path, cach
     assert WEIGHTS not in hub.fetched()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
 def test_incomplete_cache(hub: Hub, source: Path, tmp_path: Path, missing: str) -> None:
     """Without the hub, the cause is named; with it, only what is missing is fetched."""
@@ -408,7 +413,7 @@ def pickled_model(source: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_pickled_weights(hub: Hub, source: Path, tmp_path: Path) -> None:
     """The same file as from safetensors."""
     torch = pytest.importorskip("torch", reason="writes and reads pytorch_model.bin")
@@ -422,6 +427,7 @@ def test_pickled_weights(hub: Hub, source: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == converted(source)
 
 
+@pytest.mark.soak
 def test_pickled_weights_without_torch(hub: Hub, source: Path, tmp_path: Path) -> None:
     """They are not fetched for nothing."""
     hub.publish(pickled_model(source, tmp_path / "m"))
@@ -455,18 +461,21 @@ def test_there_is_no_such_model(hub: Hub, tmp_path: Path) -> None:
     assert "HF_TOKEN" in line
 
 
+@pytest.mark.soak
 def test_there_is_no_such_revision(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.publish(source)
     line = fails(hub, tmp_path / "out.tg2", NAME, "--revision", "v9")
     assert f"{NAME}: there is no revision v9 (check --revision)" in line
 
 
+@pytest.mark.soak
 def test_gated(hub: Hub, source: Path, tmp_path: Path) -> None:
     hub.publish(source)
     hub.refusals[f"/{NAME}/resolve/"] = Refusal(403, {"X-Error-Code": "GatedRepo"})
     assert f"{NAME}: its owner gives access on request (ask for" in fails(hub, tmp_path / "o.tg2")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("status", "headers", "found"),
     [
@@ -486,6 +495,7 @@ def test_refusals_of_the_server(
     assert found in fails(hub, tmp_path / "out.tg2")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("endpoint", "found"),
     [
@@ -507,6 +517,7 @@ def test_offline_and_not_cached(hub: Hub, source: Path, tmp_path: Path) -> None:
     assert hub.requests == []
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("token", ["hf_sec\nret", "hf_s\u00e9cret\u20ac"])
 def test_token_that_cannot_be_sent_is_not_shown(hub: Hub, tmp_path: Path, token: str) -> None:
     line = fails(hub, tmp_path / "out.tg2", HF_TOKEN=token)
@@ -520,6 +531,7 @@ def test_token_is_sent(hub: Hub, source: Path, tmp_path: Path) -> None:
     assert "Bearer hf_secret" in [headers["Authorization"] for _, _, headers in hub.requests]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("missing", ["config.json", WEIGHTS])
 def test_missing_file(hub: Hub, source: Path, tmp_path: Path, missing: str) -> None:
     folder = shutil.copytree(source, tmp_path / "checkpoint")
@@ -530,6 +542,7 @@ def test_missing_file(hub: Hub, source: Path, tmp_path: Path, missing: str) -> N
     assert missing in line
 
 
+@pytest.mark.soak
 def test_missing_shard(hub: Hub, source: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(source, tmp_path / "checkpoint")
     cut_into_shards(folder)
@@ -538,6 +551,7 @@ def test_missing_shard(hub: Hub, source: Path, tmp_path: Path) -> None:
     assert "model-00001-of-00002.safetensors" in fails(hub, tmp_path / "out.tg2")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("shard", ["../config.json", "/etc/passwd", "a/b", "..", ""])
 def test_shard_elsewhere(hub: Hub, source: Path, tmp_path: Path, shard: str) -> None:
     folder = shutil.copytree(source, tmp_path / "checkpoint")
@@ -548,6 +562,7 @@ def test_shard_elsewhere(hub: Hub, source: Path, tmp_path: Path, shard: str) -> 
     assert all("passwd" not in path for _, path, _ in hub.requests)
 
 
+@pytest.mark.soak
 def test_another_architecture(hub: Hub, tmp_path: Path) -> None:
     """It is refused by name, before its weights are fetched."""
     hub.publish(write_checkpoint(tmp_path / "llama", {"model_type": "llama"}))
@@ -562,6 +577,7 @@ FULL_DISK = """if True:
 """
 
 
+@pytest.mark.soak
 def test_full_disk(hub: Hub, source: Path, tmp_path: Path) -> None:
     pytest.importorskip("resource", reason="limits the size of files")
     hub.publish(source)
@@ -623,6 +639,7 @@ def test_default_place(hub: Hub, source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "name.tg2").read_bytes() == converted(source)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(("name", "code"), [("a--b/c", 1), ("../x", 2), ("a/b/c", 2)])
 def test_wrong_names_on_the_command_line(hub: Hub, tmp_path: Path, name: str, code: int) -> None:
     done = download(hub, tmp_path / "out.tg2", name)

@@ -436,7 +436,7 @@ print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_the_optimizer_is_not_read(tmp_path: Path, trained: Callable[[str], Trained]) -> None:
     peaks = []
@@ -543,7 +543,7 @@ def run_code_of(message: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", match[1]], cwd=folder, check=True, timeout=120)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_without_pytorch(
     tmp_path: Path, trained: Callable[[str], Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -745,7 +745,7 @@ def test_contents_that_are_refused(
     assert re.search(message, result.err), result.err
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_code_of_a_message_reads_what_we_refuse(
     tmp_path: Path, trained: Callable[[str], Trained]
 ) -> None:
