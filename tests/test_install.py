@@ -393,7 +393,7 @@ result: tinygpt2.Result = model.complete("prompt", max_new_tokens=5, seed=1)
 text = result.text or ""
 seed: int = result.seed
 ids, reason, logprobs = result.ids, result.finish_reason, result.logprobs
-best: float = max(logprobs)
+best: float = max(logprobs or [])
 total: float = model.score("prompt").total
 columns: int = model.logits(ids).shape[1]
 
