@@ -2156,6 +2156,12 @@ class GenerateMethods:
         logprobs: bool,
     ) -> Answer:
         """An answer to `prompt`. `as_text`: its text is needed. `logprobs`: record them."""
+        session, own = self.answering()
+        tokens = session.model.tokens_of(prompt, special, not len(session))
+        return session._begin(tokens, values, as_text, logprobs, own)
+
+    def answering(self) -> tuple[Session, bool]:
+        """The session that answers, and whether it was made for this answer alone."""
         raise NotImplementedError
 
     def generate(
@@ -2616,16 +2622,8 @@ class Session(GenerateMethods):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def begin(
-        self,
-        prompt: Prompt,
-        special: bool,
-        values: dict[str, Any],
-        as_text: bool,
-        logprobs: bool,
-    ) -> Answer:
-        tokens = self.model.tokens_of(prompt, special, not self._tokens)
-        return self._begin(tokens, values, as_text, logprobs, False)
+    def answering(self) -> tuple[Session, bool]:
+        return self, False
 
     def _begin(
         self, tokens: list[int], values: dict[str, Any], as_text: bool, logprobs: bool, own: bool
@@ -2865,17 +2863,8 @@ class Model(GenerateMethods):
         """A new, empty session."""
         return Session(self)
 
-    def begin(
-        self,
-        prompt: Prompt,
-        special: bool,
-        values: dict[str, Any],
-        as_text: bool,
-        logprobs: bool,
-    ) -> Answer:
-        session = self.session()
-        tokens = self.tokens_of(prompt, special, True)
-        return session._begin(tokens, values, as_text, logprobs, True)
+    def answering(self) -> tuple[Session, bool]:
+        return self.session(), True
 
     def logits(self, prompt: Prompt, special: bool = False) -> FloatArray:
         """The logits after every token of a prompt, float32 [number of tokens, vocab_size]."""

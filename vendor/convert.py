@@ -1718,6 +1718,7 @@ def number_added(
     """
     owners = {token: text for text, token in ids.items()}
     added: dict[str, tinygpt2.AddedToken] = {}
+    calls: dict[str, bool] = {}  # whether `there` or `more` named a text last
     last = NEW
     for place, token in enumerate([*there, *more]):
         if not token.text:
@@ -1730,9 +1731,8 @@ def number_added(
             raise tinygpt2.FormatError(path, field, "ids from 0 on", found, advice)
         if token.text in added:
             number = added[token.text].id
-            earlier = there if place < len(there) else more[: place - len(there)]
-            is_again = any(other.text == token.text for other in earlier)
-            if token.normalized != added[token.text].normalized and not is_again:
+            is_same_call = calls[token.text] == (place < len(there))
+            if token.normalized != added[token.text].normalized and not is_same_call:
                 expected = "the same flags wherever it is named"
                 raise tinygpt2.FormatError(path, field, expected, "others")
             token = token._replace(special=token.special or added[token.text].special)
@@ -1742,6 +1742,7 @@ def number_added(
         owners[number] = token.text
         last = max(last, number)
         added[token.text] = token._replace(id=number)
+        calls[token.text] = place < len(there)
     return tuple(sorted(added.values(), key=lambda token: token.id))
 
 
