@@ -21,7 +21,8 @@ The story ends there. What follows makes it fast and usable from a terminal:
 
     8. kernels       the same forward pass and choice in C (kernels.c), through ctypes
     9. processors    how many threads to use
-    10. command line
+    10. toy          a model of some kilobytes for the tests of other programs
+    11. command line
 
 Importing this module does nothing. Where `python build.py` has built the kernels, a model runs in
 C, and NumPy is imported only for the arrays that some methods return. Conversion of checkpoints
@@ -112,6 +113,7 @@ __all__ = [
     "convert",
     "download",
     "load",
+    "toy",
 ]
 
 
@@ -260,9 +262,10 @@ class TensorFile:
     allocated for what the header claims.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: Optional[mmap.mmap] = None) -> None:
+        """Open the file `path`, or use `content` under this name."""
         self.path = path_text(path, "path")
-        self.map = map_file(self.path)
+        self.map = content or map_file(self.path)
         try:
             self.tensors, self.metadata, self.data_start = parse_header(self.path, self.map)
         except FormatError:
@@ -2714,7 +2717,7 @@ class Model(GenerateMethods):
 
     def __init__(
         self,
-        path: Path,
+        path: Union[Path, TensorFile],
         backend: Optional[Literal["c", "numpy"]] = None,
         threads: Optional[SupportsIndex] = None,
     ) -> None:
@@ -2723,7 +2726,7 @@ class Model(GenerateMethods):
             raise InputError(f"backend: expected None or one of {BACKENDS}, found {quote(backend)}")
         if sys.byteorder != "little":
             raise TinyGPT2Error("a .tg2 file is little-endian, and this machine is not")
-        self.file = TensorFile(path)
+        self.file = path if isinstance(path, TensorFile) else TensorFile(path)
         try:
             self.path = self.file.path
             self._given = (os.path.abspath(self.path), backend, n_threads)  # what pickle keeps
@@ -3619,7 +3622,155 @@ blas: Optional[BlasThreads] = None  # once NumPy is imported
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Command line
+# 10. Toy
+# ------------------------------------------------------------------------------------------------
+
+# A toy is a table of bigrams in the form of a GPT-2. Its tokens fall into classes: each letter is
+# one, and so are space, end-of-text, and all other bytes together. The embedding of a token has a 1
+# at the feature of its class, the final layer norm makes that one large and the others 0, and so
+# the head holds the logits of the next token for each class. They are a random order of the
+# classes, LEVEL apart. So the best token is best by far, and both backends choose the same, though
+# NumPy's last bits differ between machines. Attention and MLP are random, and too small to matter.
+
+LETTERS = b"aeioubcdfghjklmnprstvwyz"
+N_VOWELS = 5
+SPACE, END, OTHER = range(len(LETTERS), len(LETTERS) + 3)  # classes
+N_BYTES, TOY_WIDTH, TOY_POSITIONS = 256, 32, 128
+LEVEL, NEVER = 0.3, -20.0  # logits
+SMALL = 1e-3
+
+
+def toy(
+    seed: int = 0,
+    *,
+    backend: Optional[Literal["c", "numpy"]] = None,
+    threads: Optional[SupportsIndex] = None,
+) -> Model:
+    """A language model of some kilobytes, made in memory within milliseconds, for tests.
+
+    Its vocabulary is the 256 bytes and end-of-text, so that every text can be encoded. Its texts
+    are syllables without sense. They are the same on every machine and in both backends. Another
+    `seed` gives another model.
+    """
+    number = as_index(seed)
+    if number is None:
+        raise InputError(f"seed: expected a whole number, found {quote(seed)}")
+    name = f"toy({number})"
+    return Model(TensorFile(name, toy_file(number)), backend, threads)
+
+
+def toy_config() -> Config:
+    return Config(
+        vocab_size=N_BYTES + 1,
+        n_positions=TOY_POSITIONS,
+        n_embd=TOY_WIDTH,
+        n_layer=1,
+        n_head=2,
+        n_inner=16,
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=False,
+        bos_token_id=N_BYTES,
+        eos_token_ids=(N_BYTES,),
+        n_merges=0,
+        n_token_bytes=N_BYTES,
+        special_tokens={},
+        add_prefix_space=False,
+        pre_tokenizer=PRE_TOKENIZER,
+        generation={},
+    )
+
+
+def toy_file(seed: int) -> mmap.mmap:
+    """The .tg2 file of a toy, in memory."""
+    import random
+
+    config = toy_config()
+    entries = layout(config)
+    chance = random.Random(seed).random  # Python promises that it gives the same in all versions
+    data = b"".join(toy_tensor(name, entry, chance) for name, entry in entries.items())
+    metadata = {**tg2_metadata(config), "crc32": f"{zlib.crc32(data):08x}"}
+    content = make_header(entries, metadata) + data
+    memory = mmap.mmap(-1, len(content))
+    memory[:] = content
+    return memory
+
+
+def toy_tensor(name: str, entry: Entry, chance: Callable[[], float]) -> bytes:
+    dtype, shape = entry
+    size = math.prod(shape)
+    if name.startswith(("vocab.", "merges.")):
+        return toy_vocabulary(name).ljust(byte_size(dtype, shape), b"\0")
+    if name == "wte.weight":
+        numbers = toy_panels([[float(i == c) for i in range(TOY_WIDTH)] for c in toy_classes()])
+    elif name == "lm_head.weight":
+        numbers = toy_panels(toy_head(chance))
+    elif name == "ln_f.bias":  # layer norm turns the zeros beside a one into -1 / sqrt(width - 1)
+        numbers = [(TOY_WIDTH - 1) ** -0.5] * size
+    elif len(shape) == 1:
+        numbers = [float(name.endswith("weight"))] * size  # layer norms scale by 1; no biases
+    else:
+        numbers = [SMALL * (2 * chance() - 1) for _ in range(size)]
+    return struct.pack(f"<{size}f", *numbers)
+
+
+def toy_classes() -> list[int]:
+    """The class of every token."""
+    classes = [OTHER] * N_BYTES + [END]
+    classes[ord(" ")] = SPACE
+    for number, letter in enumerate(LETTERS):
+        classes[letter] = number
+    return classes
+
+
+def toy_head(chance: Callable[[], float]) -> list[list[float]]:
+    """For every token its logit after each class, in the units of the final layer norm."""
+    scale = (TOY_WIDTH - 1) ** 0.5 + (TOY_WIDTH - 1) ** -0.5  # what stands at the class's feature
+    tables = [next_logits(before, chance) for before in range(OTHER + 1)]
+    rows = [[table[c] / scale for table in tables] for c in toy_classes()]
+    return [row + [0.0] * (TOY_WIDTH - len(row)) for row in rows]
+
+
+def next_logits(before: int, chance: Callable[[], float]) -> list[float]:
+    """The logit of each class after the class `before`, in a random order that makes syllables.
+
+    A consonant likes a vowel next, a vowel likes a consonant, all others like any letter. After a
+    vowel, a space is the third best, and end-of-text the eighth.
+    """
+    is_vowel, is_consonant = before < N_VOWELS, N_VOWELS <= before < SPACE
+    liked = range(N_VOWELS if is_vowel else 0, N_VOWELS if is_consonant else SPACE)
+    order = sorted(range(SPACE), key=lambda letter: (letter in liked, chance()))
+    table = [NEVER] * (OTHER + 1)
+    for place, letter in enumerate(order):
+        table[letter] = LEVEL * place
+    if is_vowel:
+        table[SPACE], table[END] = LEVEL * (SPACE - 2.5), LEVEL * (SPACE - 7.5)
+    return table
+
+
+def toy_panels(rows: list[list[float]]) -> list[float]:
+    """A matrix [n, k] in panels [ceil(n/16), k, 16], flat."""
+    rows = rows + [[0.0] * TOY_WIDTH] * (-len(rows) % PANEL)
+    return [
+        rows[first + lane][i]
+        for first in range(0, len(rows), PANEL)
+        for i in range(TOY_WIDTH)
+        for lane in range(PANEL)
+    ]
+
+
+def toy_vocabulary(name: str) -> bytes:
+    if name == "vocab.bytes":
+        return bytes(range(256))
+    if name == "vocab.offsets":  # end-of-text has no bytes
+        return struct.pack("<258I", *range(257), 256)
+    return struct.pack("<256I", *range(256)) if name == "vocab.byte_ids" else b""
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Command line
 # ------------------------------------------------------------------------------------------------
 
 
