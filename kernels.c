@@ -71,6 +71,7 @@ typedef struct { /* how to choose a token */
     const double *bias;         /* [n_bias]: added to the scores of */
     const int32_t *bias_tokens; /* [n_bias], none twice */
     const int32_t *seen;        /* [n_seen]: tokens that the penalty is for, none twice */
+    const uint8_t *allowed;     /* [vocab_size]: 0 rules a token out; NULL: all are allowed */
     int32_t top_k, n_bias, n_seen;
 } tg_options;
 
@@ -135,14 +136,20 @@ TG_API int tg_forward(tg_pass *pass, const tg_span *spans, int n_spans);
  * not check for NaN or infinity. */
 TG_API int tg_logits(tg_pass *pass, int row, const float **logits);
 
-/* The next four take any row of logits [vocab_size], in the pass or copied from it before; `pass`
+/* The next five take any row of logits [vocab_size], in the pass or copied from it before; `pass`
  * lends scratch memory. They return TG_NOT_FINITE if a logit is NaN or infinite. tg_check does no
  * more than that. */
 TG_API int tg_check(tg_pass *pass, const float *logits);
 
-/* The chosen token, or TG_NO_TOKEN where the bias rules out every one. */
+/* The chosen token, or TG_NO_TOKEN where every one is ruled out. */
 TG_API int tg_choose(tg_pass *pass, const float *logits, const tg_options *options,
                      int32_t *token);
+
+/* The order in which a caller who cannot use the choice tries the others: the tokens that the
+ * filters keep, as the draw ranks them, then the rest by score. *count: how many of the first n
+ * there are. */
+TG_API int tg_order(tg_pass *pass, const float *logits, const tg_options *options, int n,
+                    int32_t *tokens, int32_t *count);
 TG_API int tg_log_probability(tg_pass *pass, const float *logits, int32_t token, double *result);
 
 /* The n best tokens, best first, and their log-probabilities; of equals the lower token first. */
@@ -1744,8 +1751,8 @@ static int keep_min_p(tg_pass *p, int n, double best, const tg_options *o) {
     return kept;
 }
 
-/* Fills the candidates with all tokens, bias and penalty included, but for those with a score of
- * -infinity; returns how many. */
+/* Fills the candidates with the tokens that are allowed, bias and penalty included, but for those
+ * with a score of -infinity; returns how many. */
 static int list_candidates(tg_pass *p, const float *logits, const tg_options *o) {
     candidate *c = p->candidates;
     int size = p->model->config.vocab_size;
@@ -1757,15 +1764,21 @@ static int list_candidates(tg_pass *p, const float *logits, const tg_options *o)
         *score = *score < 0 ? *score * o->repetition_penalty : *score / o->repetition_penalty;
     }
 
-    if (o->n_bias == 0 && o->n_seen == 0) return size;
+    if (o->n_bias == 0 && o->n_seen == 0 && !o->allowed) return size;
     int n = 0;
     for (int t = 0; t < size; t++)
-        if (c[t].score > -INFINITY) c[n++] = c[t];
+        if (c[t].score > -INFINITY && (!o->allowed || o->allowed[t])) c[n++] = c[t];
     return n;
 }
 
+/* Applies the filters to candidates whose best score is `best`; returns how many are kept. */
+static int filter(tg_pass *p, int n, double best, const tg_options *o) {
+    n = keep_top_k(p->candidates, n, o->top_k, p->heap);
+    n = keep_top_p(p, n, best, o);
+    return keep_min_p(p, n, best, o);
+}
+
 static int32_t choose(tg_pass *p, const float *logits, const tg_options *o) {
-    const tg_kernels *kernels = p->model->kernels;
     candidate *c = p->candidates;
     int n = list_candidates(p, logits, o);
     if (n == 0) return TG_NO_TOKEN;
@@ -1773,10 +1786,55 @@ static int32_t choose(tg_pass *p, const float *logits, const tg_options *o) {
     candidate best = first_best(c, n);
     if (o->temperature == 0) return best.token;
 
-    n = keep_top_k(c, n, o->top_k, p->heap);
-    n = keep_top_p(p, n, best.score, o);
-    n = keep_min_p(p, n, best.score, o);
-    return draw(kernels, c, n, best.score, o);
+    n = filter(p, n, best.score, o);
+    return draw(p->model->kernels, c, n, best.score, o);
+}
+
+/* Takes the n best of `left` candidates, best first; returns how many there were. */
+static int take_tokens(candidate *c, int left, int n, int32_t *tokens) {
+    n = smaller(n, left);
+    make_heap(c, left);
+    for (int i = 0; i < n; i++) tokens[i] = take_best(c, left - i).token;
+    return n;
+}
+
+/* Replaces each candidate's score by the number that `draw` compares. */
+static void add_noise(tg_pass *p, int n, double best, const tg_options *o) {
+    candidate *c = p->candidates;
+    uint64_t key = key_of(o->seed, o->position);
+    for (int i = 0; i < n; i++)
+        c[i].score = relative(c[i].score, best, o->temperature) +
+                     gumbel(p->model->kernels, hash_of(key, c[i].token));
+}
+
+/* Lists the candidates that are not among the first `n` tokens. */
+static int list_others(tg_pass *p, const float *logits, const tg_options *o, const int32_t *tokens,
+                       int n) {
+    candidate *c = p->candidates;
+    float *is_taken = p->weights; /* the filters need them no more */
+    for (int t = 0; t < p->model->config.vocab_size; t++) is_taken[t] = 0;
+    for (int i = 0; i < n; i++) is_taken[tokens[i]] = 1;
+
+    int all = list_candidates(p, logits, o);
+    int left = 0;
+    for (int i = 0; i < all; i++)
+        if (!is_taken[c[i].token]) c[left++] = c[i];
+    return left;
+}
+
+static int order(tg_pass *p, const float *logits, const tg_options *o, int n, int32_t *tokens) {
+    candidate *c = p->candidates;
+    int all = list_candidates(p, logits, o);
+    if (all == 0 || o->temperature == 0) return take_tokens(c, all, n, tokens);
+
+    double best = first_best(c, all).score;
+    int kept = filter(p, all, best, o);
+    add_noise(p, kept, best, o);
+    int taken = take_tokens(c, kept, n, tokens);
+    if (taken == n || taken == all) return taken;
+
+    int left = list_others(p, logits, o, tokens, taken);
+    return taken + take_tokens(c, left, n - taken, tokens + taken);
 }
 
 static int is_token(const tg_pass *p, int32_t token) {
@@ -1804,8 +1862,19 @@ int tg_choose(tg_pass *p, const float *logits, const tg_options *o, int32_t *tok
     int best = p->model->kernels->best(logits, p->model->config.vocab_size);
     if (best < 0) return leave(p, TG_NOT_FINITE);
 
-    int greedy = o->temperature == 0 && o->n_bias == 0 && o->n_seen == 0;
-    *token = greedy ? best : choose(p, logits, o);
+    int plain = o->n_bias == 0 && o->n_seen == 0 && !o->allowed;
+    *token = plain && o->temperature == 0 ? best : choose(p, logits, o);
+    return leave(p, TG_DONE);
+}
+
+int tg_order(tg_pass *p, const float *logits, const tg_options *o, int n, int32_t *tokens,
+             int32_t *count) {
+    int size = p->model->config.vocab_size;
+    if (!enter(p)) return TG_BUSY;
+    if (!options_are_good(p, o) || n < 1 || n > size) return leave(p, TG_BAD_ARGUMENT);
+    if (p->model->kernels->best(logits, size) < 0) return leave(p, TG_NOT_FINITE);
+
+    *count = order(p, logits, o, n, tokens);
     return leave(p, TG_DONE);
 }
 
@@ -1845,12 +1914,9 @@ int tg_top(tg_pass *p, const float *logits, int n, int32_t *tokens, double *logp
 
     int left = list_candidates(p, logits, &plain);
     left = keep_top_k(p->candidates, left, n, p->heap);
-    make_heap(p->candidates, left);
+    take_tokens(p->candidates, left, n, tokens);
     normalizer sum = normalizer_of(p, logits);
-    for (int i = 0; i < n; i++) {
-        tokens[i] = take_best(p->candidates, left - i).token;
-        logprobs[i] = log_probability(sum, logits[tokens[i]]);
-    }
+    for (int i = 0; i < n; i++) logprobs[i] = log_probability(sum, logits[tokens[i]]);
     return leave(p, TG_DONE);
 }
 

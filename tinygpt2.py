@@ -1525,6 +1525,12 @@ class Logits(Protocol):
     def choose(self, row: int, sampler: Sampler, position: int) -> int:
         """The next token of a text that has `position` tokens so far."""
 
+    def order(self, row: int, sampler: Sampler, position: int, n: int) -> list[int]:
+        """The first n tokens in the order of the choice, of which `choose` gives the first.
+
+        Those that the filters keep come first, as the draw ranks them; then the rest by score.
+        """
+
     def logprob(self, row: int, token: int) -> float:
         """The natural logarithm of a token's probability."""
 
@@ -1718,6 +1724,9 @@ class NumpyLogits:
 
     def choose(self, row: int, sampler: Sampler, position: int) -> int:
         return choose_token(self.checked(row), sampler, position)
+
+    def order(self, row: int, sampler: Sampler, position: int, n: int) -> list[int]:
+        return order_tokens(self.checked(row), sampler, position)[:n]
 
     def logprobs(self, row: int) -> Array:
         """float64 [vocab_size]"""
@@ -1993,10 +2002,13 @@ class Sampler:
         fresh = int.from_bytes(os.urandom(4), "little")
         self.seed = fresh if options.seed is None else options.seed
         self.seen = set(seen)
+        self.allowed: Optional[bytes] = None  # [vocab_size]: 0 rules a token out; None: all may
         self.prepared: Any = None  # what a backend has made of the options
 
     def copy(self) -> Sampler:
-        return Sampler(self.options._replace(seed=self.seed), self.seen)
+        sampler = Sampler(self.options._replace(seed=self.seed), self.seen)
+        sampler.allowed = self.allowed
+        return sampler
 
 
 # Chance. The noise belongs to the place and not to a stream of random numbers: u(seed, position,
@@ -2039,15 +2051,32 @@ def choose_token(logits: Array, sampler: Sampler, position: int) -> int:
     The draw is the Gumbel-max trick: the largest of score / temperature + Gumbel noise is a draw
     in proportion to exp(score / temperature). The lower token wins a tie. float32 [vocab_size]
     """
-    options = sampler.options
     scores = adjust(logits, sampler)
-    if options.temperature == 0:
+    if sampler.options.temperature == 0:
         return int(scores.argmax())
+    tokens, keys = draw_keys(scores, sampler, position)
+    return int(tokens[keys.argmax()])
+
+
+def draw_keys(scores: Array, sampler: Sampler, position: int) -> tuple[Array, Array]:
+    """The tokens that the filters keep, and what the draw compares. -> int64 [n], float64 [n]"""
+    options = sampler.options
     with np.errstate(over="ignore"):  # a temperature near 0 leaves the best token alone
         scores = (scores - scores.max()) / options.temperature
     tokens = filter_tokens(scores, options)
-    keys = scores[tokens] + gumbel_noise(sampler.seed, position, tokens)
-    return int(tokens[keys.argmax()])
+    return tokens, scores[tokens] + gumbel_noise(sampler.seed, position, tokens)
+
+
+def order_tokens(logits: Array, sampler: Sampler, position: int) -> list[int]:
+    """All tokens that may be chosen, in the order of the choice; see `Logits.order`."""
+    scores = adjust(logits, sampler)
+    order = np.argsort(-scores, kind="stable")  # by score, of equals the lower token first
+    order = order[scores[order] > -np.inf]
+    if sampler.options.temperature == 0:
+        return list(map(int, order))
+    tokens, keys = draw_keys(scores, sampler, position)
+    kept = tokens[np.argsort(-keys, kind="stable")]
+    return list(map(int, [*kept, *order[~np.isin(order, kept)]]))
 
 
 def adjust(logits: Array, sampler: Sampler) -> Array:
@@ -2061,6 +2090,8 @@ def adjust(logits: Array, sampler: Sampler) -> Array:
         s, penalty = scores[tokens], options.repetition_penalty
         with np.errstate(over="ignore"):  # a bias can be huge
             scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
+    if sampler.allowed is not None:
+        scores[np.frombuffer(sampler.allowed, np.uint8) == 0] = -np.inf
     if scores.max() == -np.inf:
         raise InputError(EVERY_TOKEN_FORBIDDEN)
     return scores
@@ -3105,6 +3136,7 @@ class Kernels:
             ("bias", c.POINTER(c.c_double)),
             ("bias_tokens", c.POINTER(i32)),
             ("seen", c.POINTER(i32)),
+            ("allowed", c.c_char_p),
             *[(name, i32) for name in ("top_k", "n_bias", "n_seen")],
         )
         self.library = self.load(path)
@@ -3146,6 +3178,10 @@ class Kernels:
             "tg_logits": (number, [pointer, number, c.POINTER(pointer)]),
             "tg_check": (number, [pointer, pointer]),
             "tg_choose": (number, [pointer, pointer, options, c.POINTER(i32)]),
+            "tg_order": (
+                number,
+                [pointer, pointer, options, number, c.POINTER(i32), c.POINTER(i32)],
+            ),
             "tg_log_probability": (number, [pointer, pointer, i32, c.POINTER(c.c_double)]),
             "tg_top": (
                 number,
@@ -3280,6 +3316,16 @@ class CLogits:
             raise InputError(EVERY_TOKEN_FORBIDDEN)
         return int(token.value)
 
+    def order(self, row: int, sampler: Sampler, position: int, n: int) -> list[int]:
+        kernels = self.backend.kernels
+        options = kernels.c.byref(c_options(kernels, sampler, position))
+        n = min(n, self.backend.config.vocab_size)
+        tokens, count = (kernels.c.c_int32 * n)(), kernels.c.c_int32()
+        scratch = self.workspace.handle.pointer
+        pointer = self.pointer(row)
+        check_status(kernels.library.tg_order(scratch, pointer, options, n, tokens, count))
+        return list(tokens[: count.value])
+
     def logprob(self, row: int, token: int) -> float:
         kernels = self.backend.kernels
         result = kernels.c.c_double()
@@ -3332,6 +3378,7 @@ def c_options(kernels: Kernels, sampler: Sampler, position: int) -> Any:
     if options.repetition_penalty != 1:
         prepared.seen = (c.c_int32 * len(sampler.seen))(*sampler.seen)
         prepared.n_seen = len(sampler.seen)
+    prepared.allowed = sampler.allowed
     prepared.position = position
     return prepared
 

@@ -97,7 +97,7 @@ class Settings(ctypes.Structure):
         *((name, DOUBLE) for name in ("temperature", "top_p", "min_p", "repetition_penalty")),
         ("seed", ctypes.c_uint64),
         ("position", ctypes.c_int64),
-        *((name, POINTER) for name in ("bias", "bias_tokens", "seen")),
+        *((name, POINTER) for name in ("bias", "bias_tokens", "seen", "allowed")),
         *((name, I32) for name in ("top_k", "n_bias", "n_seen")),
     )
 
@@ -831,7 +831,7 @@ class How(NamedTuple):
         made = Settings(
             *(self.temperature, self.top_p, self.min_p, self.repetition_penalty),
             *(self.seed % 2**64, self.position),
-            *(values.ctypes.data, tokens.ctypes.data, seen.ctypes.data),
+            *(values.ctypes.data, tokens.ctypes.data, seen.ctypes.data, None),
             *(self.top_k, len(bias), len(seen)),
         )
         made.kept = (values, tokens, seen)

@@ -739,3 +739,95 @@ def test_a_huge_bias_with_a_penalty_is_no_warning(choose: Choose) -> None:
         biases = {1: bias}
         options = Options(seed=1, logit_bias=biases, repetition_penalty=penalty, top_k=2)
         assert choose(logits, Sampler(options, [1, 2]), 0) in range(4)
+
+
+# Tokens that are ruled out, and the order of the choice
+
+
+Case = tuple[np.ndarray, Sampler, int]
+
+
+def random_case(seed: int) -> Case:
+    """Logits, a sampler and a position, with every option set in some of the cases."""
+    chance = np.random.default_rng(seed)
+    logits = (3 * chance.standard_normal(VOCAB)).astype(np.float32)
+    options = Options(
+        temperature=float(chance.choice([0, 0.3, 1, 2])),
+        top_k=int(chance.choice([0, 1, 5, 20])),
+        top_p=float(chance.choice([1, 0.9, 0.5])),
+        min_p=float(chance.choice([0, 0.05])),
+        repetition_penalty=float(chance.choice([1, 1.5])),
+        logit_bias={3: -INF, 4: 1.5} if seed % 3 else None,
+        seed=seed,
+    )
+    sampler = Sampler(options, chance.integers(0, VOCAB, 5).tolist())
+    if seed % 2:
+        sampler.allowed = bytes(chance.integers(0, 2, VOCAB).tolist()) + b"\1" * 240
+    return logits, sampler, int(chance.integers(0, 1000))
+
+
+def all_allowed(sampler: Sampler) -> set[int]:
+    allowed = sampler.allowed or b"\1" * VOCAB
+    biases = sampler.options.logit_bias or {}
+    return {token for token in range(VOCAB) if allowed[token] and biases.get(token) != -INF}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_token_that_is_not_allowed_is_never_chosen(seed: int, choose: Choose) -> None:
+    """And the choice is the one that a bias of -infinity for the same tokens gives."""
+    logits, sampler, position = random_case(2 * seed + 1)
+    sampler.allowed = (sampler.allowed or b"")[:VOCAB].ljust(300, b"\0")
+    if choose is tinygpt2.choose_token:
+        sampler.allowed = sampler.allowed[:VOCAB]
+    token = choose(logits, sampler, position)
+    assert token in all_allowed(sampler)
+    banned = {t: -INF for t in range(VOCAB) if t not in all_allowed(sampler)}
+    biases = {**(sampler.options.logit_bias or {}), **banned}
+    biased = Sampler(sampler.options._replace(logit_bias=biases), sampler.seen)
+    assert choose(logits, biased, position) == token
+
+
+@pytest.fixture(params=["numpy", pytest.param("c", marks=needs_kernels)])
+def order(request: pytest.FixtureRequest, toy_path: Path) -> Iterator[Callable[..., list[int]]]:
+    """The first n tokens in the order of the choice, for a case."""
+    with tinygpt2.load(toy_path, backend=request.param) as model, model.workspace() as workspace:
+
+        def order_of(case: Case, n: int) -> list[int]:
+            logits, sampler, position = case
+            row: Any = np.pad(logits, (0, 240), constant_values=np.float32(-1e30))
+            if request.param == "c":
+                row = kept_row(logits, model.config.vocab_size)
+            return model.backend.kept(workspace, row).order(0, sampler, position, n)
+
+        yield order_of
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_order_of_the_choice(seed: int, order: Callable[..., list[int]]) -> None:
+    """What the filters keep, each time chosen when the better ones are gone; the rest by score."""
+    case = logits, sampler, position = random_case(seed)
+    found = [token for token in order(case, 300) if token < VOCAB]
+    scores = tinygpt2.adjust(logits, unlimited(sampler))
+    allowed = all_allowed(sampler)
+    assert sorted(found) == sorted(allowed)
+    options, kept_tokens = sampler.options, set(found)
+    if options.temperature:
+        relative = (scores - max(scores[t] for t in allowed)) / options.temperature
+        relative[[t for t in range(VOCAB) if t not in allowed]] = -INF
+        kept_tokens = set(tinygpt2.filter_tokens(relative, options).tolist())
+    expected: list[int] = []
+    while len(expected) < len(kept_tokens):
+        left = [t for t in sorted(kept_tokens) if t not in expected]
+        only = {t: -INF for t in range(VOCAB) if t not in left}
+        plain = options._replace(top_k=0, top_p=1.0, min_p=0.0, logit_bias=only)
+        choice = Sampler(plain._replace(repetition_penalty=1.0), ())
+        expected.append(tinygpt2.choose_token(scores.astype(np.float32), choice, position))
+    n = len(expected)
+    assert found[:n] == expected
+    assert found[n:] == sorted(allowed - kept_tokens, key=lambda t: (-scores[t], t))
+    for count in (1, 2, max(1, n), n + 1):
+        assert [token for token in order(case, count) if token < VOCAB] == found[:count]
+
+
+def unlimited(sampler: Sampler) -> Sampler:
+    return Sampler(sampler.options, sampler.seen)
