@@ -115,11 +115,18 @@ TG_API int tg_chunk(const tg_model *model); /* rows (tokens of all spans) in one
 TG_API tg_cache *tg_cache_new(const tg_model *model);
 TG_API void tg_cache_free(tg_cache *cache);
 
-/* The first n positions: copied between caches of one model; written as plain rows
- * out[n_layer, 2, n_head, n, head_size], keys before values; read from such rows. */
+/* The first n positions: copied between caches of one model; written to a snapshot, which is
+ * keys[n_layer, n_head, up(n) / 16, head_size, 16] and values[n_layer, n_head, up(head_size) / 16,
+ * n, 16], with zeros where there is no position or number; read from a snapshot. */
 TG_API void tg_cache_copy(tg_cache *to, const tg_cache *from, int n);
-TG_API void tg_cache_dump(const tg_cache *cache, int n, float *out);
-TG_API void tg_cache_restore(tg_cache *cache, int n, const float *in);
+TG_API void tg_cache_dump(const tg_cache *cache, int n, float *keys, float *values);
+TG_API void tg_cache_restore(tg_cache *cache, int n, const float *keys, const float *values);
+
+/* Sums that tell whether a snapshot was changed: for each block of TG_SUM_WORDS words, 16 sums of
+ * every 16th word and 16 sums of all values that those have had on the way. All modulo 2^64. n is a
+ * multiple of 16. */
+enum { TG_SUM_WORDS = 1 << 18 };
+TG_API void tg_sums(const tg_model *model, const uint32_t *words, size_t n, uint64_t *sums);
 
 /* All scratch memory that passes of up to tg_chunk rows need. NULL: no memory. */
 TG_API tg_pass *tg_pass_new(const tg_model *model);
@@ -784,8 +791,9 @@ struct tg_model {
  * head's numbers are the inputs; for a weighted sum of values it is the other way round. */
 struct tg_cache {
     _Alignas(64) const tg_model *model;
-    float *keys;   /* [n_layer, n_head, up(n_positions) / 16, head_size, 16] */
-    float *values; /* [n_layer, n_head, up(head_size) / 16, n_positions, 16] */
+    int positions; /* how many there is room for */
+    float *keys;   /* [n_layer, n_head, up(positions) / 16, head_size, 16] */
+    float *values; /* [n_layer, n_head, up(head_size) / 16, positions, 16] */
 };
 
 typedef struct { /* a matrix of activations */
@@ -909,7 +917,7 @@ static tg_cache *take_cache(const tg_model *m, arena *memory) {
     size_t d = m->head_size;
 
     tg_cache *cache = take(memory, 1, sizeof *cache);
-    tg_cache made = {.model = m};
+    tg_cache made = {.model = m, .positions = c->n_positions};
     made.keys = take(memory, heads * up(c->n_positions) * d, sizeof *made.keys);
     made.values = take(memory, heads * c->n_positions * up(d), sizeof *made.values);
     if (cache) *cache = made;
@@ -955,90 +963,27 @@ void tg_cache_free(tg_cache *cache) { free(cache); }
 
 void tg_pass_free(tg_pass *pass) { free(pass); }
 
-/* Where one head's keys [up(n_positions) / 16, head_size, 16] begin. */
+/* Where one head's keys [up(positions) / 16, head_size, 16] begin. */
 static float *keys_of(const tg_cache *cache, int layer, int head) {
     const tg_model *m = cache->model;
     size_t which = (size_t)layer * m->config.n_head + head;
-    return cache->keys + which * up(m->config.n_positions) * m->head_size;
+    return cache->keys + which * up(cache->positions) * m->head_size;
 }
 
-/* Where one head's values [up(head_size) / 16, n_positions, 16] begin. */
+/* Where one head's values [up(head_size) / 16, positions, 16] begin. */
 static float *values_of(const tg_cache *cache, int layer, int head) {
     const tg_model *m = cache->model;
     size_t which = (size_t)layer * m->config.n_head + head;
-    return cache->values + which * m->config.n_positions * up(m->head_size);
+    return cache->values + which * cache->positions * up(m->head_size);
 }
 
 /* Where, in one head's keys or values, number e of a position is. */
-static size_t key_index(const tg_model *m, size_t position, size_t e) {
-    return (position / LANES * m->head_size + e) * LANES + position % LANES;
+static size_t key_index(const tg_cache *cache, size_t position, size_t e) {
+    return (position / LANES * cache->model->head_size + e) * LANES + position % LANES;
 }
 
-static size_t value_index(const tg_model *m, size_t position, size_t e) {
-    return (e / LANES * m->config.n_positions + position) * LANES + e % LANES;
-}
-
-void tg_cache_copy(tg_cache *to, const tg_cache *from, int n) {
-    const tg_model *m = from->model;
-    size_t d = m->head_size;
-    for (int layer = 0; layer < m->config.n_layer; layer++) {
-        for (int head = 0; head < m->config.n_head; head++) {
-            float *values = values_of(to, layer, head);
-            const float *old_values = values_of(from, layer, head);
-            memcpy(keys_of(to, layer, head), keys_of(from, layer, head),
-                   up(n) * d * sizeof(float));
-            for (size_t e = 0; e < d; e += LANES)
-                memcpy(values + value_index(m, 0, e), old_values + value_index(m, 0, e),
-                       (size_t)n * LANES * sizeof(float));
-        }
-    }
-}
-
-/* out: one layer's rows [2, n_head, n, head_size]. */
-static void dump_layer(const tg_cache *cache, int layer, size_t n, float *out) {
-    const tg_model *m = cache->model;
-    size_t d = m->head_size;
-    float *keys_out = out;
-    float *values_out = out + m->config.n_head * n * d;
-    for (int head = 0; head < m->config.n_head; head++) {
-        const float *keys = keys_of(cache, layer, head);
-        const float *values = values_of(cache, layer, head);
-        for (size_t position = 0; position < n; position++) {
-            for (size_t e = 0; e < d; e++) {
-                *keys_out++ = keys[key_index(m, position, e)];
-                *values_out++ = values[value_index(m, position, e)];
-            }
-        }
-    }
-}
-
-static void restore_layer(tg_cache *cache, int layer, size_t n, const float *in) {
-    const tg_model *m = cache->model;
-    size_t d = m->head_size;
-    const float *keys_in = in;
-    const float *values_in = in + m->config.n_head * n * d;
-    for (int head = 0; head < m->config.n_head; head++) {
-        float *keys = keys_of(cache, layer, head);
-        float *values = values_of(cache, layer, head);
-        for (size_t position = 0; position < n; position++) {
-            for (size_t e = 0; e < d; e++) {
-                keys[key_index(m, position, e)] = *keys_in++;
-                values[value_index(m, position, e)] = *values_in++;
-            }
-        }
-    }
-}
-
-void tg_cache_dump(const tg_cache *cache, int n, float *out) {
-    const tg_config *c = &cache->model->config;
-    size_t layer_size = (size_t)2 * n * c->n_embd;
-    for (int i = 0; i < c->n_layer; i++) dump_layer(cache, i, n, out + i * layer_size);
-}
-
-void tg_cache_restore(tg_cache *cache, int n, const float *in) {
-    const tg_config *c = &cache->model->config;
-    size_t layer_size = (size_t)2 * n * c->n_embd;
-    for (int i = 0; i < c->n_layer; i++) restore_layer(cache, i, n, in + i * layer_size);
+static size_t value_index(const tg_cache *cache, size_t position, size_t e) {
+    return (e / LANES * cache->positions + position) * LANES + e % LANES;
 }
 
 /* ---- 7. Threads ---------------------------------------------------------------------------------
@@ -1169,7 +1114,99 @@ static void parallel(int threads, unit_function *run, const void *job, int units
     atomic_flag_clear(&pool.taken);
 }
 
-/* ---- 8. The forward pass --------------------------------------------------------------------- */
+/* ---- 8. Copies of caches --------------------------------------------------------------------- */
+
+typedef struct {
+    const tg_cache *to;
+    const tg_cache *from;
+    int n; /* positions */
+} copy_job;
+
+/* One head of one layer. */
+static void copy_unit(const void *argument, int unit) {
+    const copy_job *job = argument;
+    const tg_model *m = job->from->model;
+    size_t d = m->head_size;
+    size_t n = job->n;
+    int layer = unit / m->config.n_head;
+    int head = unit % m->config.n_head;
+    float *keys = keys_of(job->to, layer, head);
+    float *values = values_of(job->to, layer, head);
+    const float *old_keys = keys_of(job->from, layer, head);
+    const float *old_values = values_of(job->from, layer, head);
+
+    memcpy(keys, old_keys, up(n) * d * sizeof(float));
+    for (size_t e = 0; e < d; e += LANES)
+        memcpy(values + value_index(job->to, 0, e), old_values + value_index(job->from, 0, e),
+               n * LANES * sizeof(float));
+}
+
+/* Fresh memory comes page by page when it is first written. So several threads pay even where one
+ * could copy as fast as the memory can. */
+void tg_cache_copy(tg_cache *to, const tg_cache *from, int n) {
+    const tg_config *c = &from->model->config;
+    copy_job job = {.to = to, .from = from, .n = n};
+    double cost = 2.0 * n * c->n_embd * c->n_layer;
+    if (n > 0) parallel(from->model->threads, copy_unit, &job, c->n_layer * c->n_head, cost);
+}
+
+/* Zeros where one head of a snapshot of n positions has no position or no number. */
+static void clear_padding(const tg_cache *snapshot, int layer, int head, size_t n) {
+    size_t d = snapshot->model->head_size;
+    float *keys = keys_of(snapshot, layer, head);
+    float *values = values_of(snapshot, layer, head);
+    for (size_t position = n; position < up(n); position++)
+        for (size_t e = 0; e < d; e++) keys[key_index(snapshot, position, e)] = 0;
+    for (size_t position = 0; position < n; position++)
+        for (size_t e = d; e < up(d); e++) values[value_index(snapshot, position, e)] = 0;
+}
+
+/* A snapshot is a cache that has room for its n positions and no more. */
+void tg_cache_dump(const tg_cache *cache, int n, float *keys, float *values) {
+    const tg_config *c = &cache->model->config;
+    tg_cache snapshot = {.model = cache->model, .positions = n, .keys = keys, .values = values};
+    tg_cache_copy(&snapshot, cache, n);
+    for (int layer = 0; layer < c->n_layer; layer++)
+        for (int head = 0; head < c->n_head; head++) clear_padding(&snapshot, layer, head, n);
+}
+
+void tg_cache_restore(tg_cache *cache, int n, const float *keys, const float *values) {
+    tg_cache snapshot = {
+        .model = cache->model,
+        .positions = n,
+        .keys = (float *)keys, /* which are only read */
+        .values = (float *)values,
+    };
+    tg_cache_copy(cache, &snapshot, n);
+}
+
+typedef struct {
+    const uint32_t *words;
+    size_t n;
+    uint64_t *sums;
+} sum_job;
+
+static void sum_unit(const void *argument, int unit) {
+    const sum_job *job = argument;
+    size_t first = (size_t)unit * TG_SUM_WORDS;
+    size_t stop = job->n - first < TG_SUM_WORDS ? job->n : first + TG_SUM_WORDS;
+    uint64_t sums[2][LANES] = {0};
+    for (size_t i = first; i < stop; i += LANES) {
+        for (int lane = 0; lane < LANES; lane++) {
+            sums[0][lane] += job->words[i + lane];
+            sums[1][lane] += sums[0][lane];
+        }
+    }
+    memcpy(job->sums + (size_t)unit * 2 * LANES, sums, sizeof sums);
+}
+
+void tg_sums(const tg_model *model, const uint32_t *words, size_t n, uint64_t *sums) {
+    sum_job job = {.words = words, .n = n, .sums = sums};
+    int units = (int)((n + TG_SUM_WORDS - 1) / TG_SUM_WORDS);
+    parallel(model->threads, sum_unit, &job, units, (double)n);
+}
+
+/* ---- 9. The forward pass --------------------------------------------------------------------- */
 
 /* Linear layers: out = in x weight + bias for all rows, then the activation, or added to the
  * residual stream. */
@@ -1311,9 +1348,9 @@ static void store_keys_and_values(const attention_job *job, const placed_span *s
         const float *key = row_of(job->pass->h, span->row + i) + n_embd + head * d;
         const float *value = key + n_embd;
         size_t position = span->start + i;
-        for (size_t e = 0; e < d; e++) keys[key_index(m, position, e)] = key[e];
+        for (size_t e = 0; e < d; e++) keys[key_index(span->cache, position, e)] = key[e];
         for (size_t e = 0; e < d; e += LANES)
-            memcpy(values + value_index(m, position, e), value + e,
+            memcpy(values + value_index(span->cache, position, e), value + e,
                    (d - e < LANES ? d - e : LANES) * sizeof *value);
     }
 }
@@ -1560,7 +1597,7 @@ int tg_logits(tg_pass *p, int row, const float **logits) {
     return leave(p, TG_DONE);
 }
 
-/* ---- 9. The choice of a token -------------------------------------------------------------------
+/* ---- 10. The choice of a token -------------------------------------------------------------------
  *
  * Chance belongs to the place, not to a stream of random numbers: the noise of a token is a hash of
  * the seed, the position and the token. The chosen token is the one with the largest
@@ -1878,7 +1915,7 @@ int tg_order(tg_pass *p, const float *logits, const tg_options *o, int n, int32_
     return leave(p, TG_DONE);
 }
 
-/* ---- 10. Log-probabilities ------------------------------------------------------------------- */
+/* ---- 11. Log-probabilities ------------------------------------------------------------------- */
 
 typedef struct {
     double top; /* the largest logit */

@@ -521,7 +521,7 @@ ALIGNMENT = 64  # bytes; a cache line, and one AVX-512 register
 def write_tensors(
     path: str,
     entries: dict[str, Entry],
-    data: Iterable[bytes],
+    data: Iterable[Union[bytes, memoryview]],
     metadata: dict[str, str],
     check: Callable[[TensorFile], object],
     progress: Optional[Progress] = None,
@@ -618,7 +618,7 @@ def lock(file: BinaryIO, wait: bool) -> bool:
 def write_content(
     file: BinaryIO,
     entries: dict[str, Entry],
-    data: Iterable[bytes],
+    data: Iterable[Union[bytes, memoryview]],
     metadata: dict[str, str],
     progress: Optional[Progress],
 ) -> None:
@@ -974,7 +974,7 @@ def check_tensors(file: TensorFile, expected: dict[str, Entry]) -> None:
             raise FormatError(file.path, field, f"a start on {ALIGNMENT} bytes", found)
     surplus = [name for name in file.tensors if name not in expected]
     if surplus:
-        raise FormatError(file.path, "tensors", "only those of a GPT-2", quote(surplus[0]))
+        raise FormatError(file.path, "tensors", "only the known ones", quote(surplus[0]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1494,11 +1494,27 @@ class Cache(Protocol):
     def truncate(self, length: int) -> None:
         """Forget what is behind the first `length` tokens."""
 
-    def dump(self) -> bytes:
-        """Keys and values as float32 [n_layer, 2, n_head, length, head_size]."""
+    def dump(self) -> tuple[memoryview, memoryview]:
+        """Keys and values in the form of `snapshot_layout`, as bytes."""
 
-    def restore(self, data: bytes, length: int) -> None:
+    def restore(self, keys: memoryview, values: memoryview, length: int) -> None:
         """Take over what `dump` returned for `length` tokens."""
+
+    def sums(self, data: memoryview) -> bytes:
+        """What tells whether the data of a snapshot was changed."""
+
+
+def snapshot_layout(config: Config, length: int) -> dict[str, Entry]:
+    """The keys and values of `length` tokens, in panels as kernels.c keeps them.
+
+    Positions are side by side in a panel of keys, and the numbers of a head in one of values.
+    Zeros stand where there is no position or no number.
+    """
+    head_size = config.n_embd // config.n_head
+    heads = (config.n_layer, config.n_head)
+    keys = (*heads, -(-length // PANEL), head_size, PANEL)
+    values = (*heads, -(-head_size // PANEL), length, PANEL)
+    return {"keys": ("F32", keys), "values": ("F32", values)}
 
 
 class Span(NamedTuple):
@@ -1561,6 +1577,9 @@ class Backend(Protocol):
 
     def kept(self, workspace: Any, row: Any) -> Logits:
         """The single row that `Logits.keep` returned, as logits."""
+
+    def row_of(self, data: memoryview) -> Any:
+        """A row as `Logits.keep` returns it, from its bytes."""
 
     def describe(self) -> str:
         """The backend in a few words."""
@@ -1689,15 +1708,54 @@ class NumpyCache:
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
-    def dump(self) -> bytes:
-        data: bytes = self.kv[:, :, :, : self.length].tobytes()
-        return data
+    def dump(self) -> tuple[memoryview, memoryview]:
+        keys, values = np.moveaxis(self.kv[:, :, :, : self.length], 1, 0)
+        keys = pad_to_panels(keys, 2)  # [n_layer, n_head, up(T), head_size]
+        values = pad_to_panels(values, 3)  # [n_layer, n_head, T, up(head_size)]
+        keys = to_panels(keys.swapaxes(2, 3))  # [n_layer, n_head, up(T) / 16, head_size, 16]
+        values = to_panels(values)  # [n_layer, n_head, up(head_size) / 16, T, 16]
+        return memoryview(keys.tobytes()), memoryview(values.tobytes())
 
-    def restore(self, data: bytes, length: int) -> None:
-        n_layer, _, n_head, _, head_size = self.kv.shape
-        kv = np.frombuffer(data, np.float32).reshape(n_layer, 2, n_head, length, head_size)
-        self.kv[:, :, :, :length] = kv
+    def restore(self, keys: memoryview, values: memoryview, length: int) -> None:
+        n_layer, _, n_head, _, d = self.kv.shape
+        width = round_up(d, PANEL)
+        k = np.frombuffer(keys, np.float32).reshape(n_layer, n_head, -(-length // PANEL), d, PANEL)
+        v = np.frombuffer(values, np.float32).reshape(
+            n_layer, n_head, width // PANEL, length, PANEL
+        )
+        k = k.swapaxes(3, 4).reshape(n_layer, n_head, round_up(length, PANEL), d)
+        v = v.swapaxes(2, 3).reshape(n_layer, n_head, length, width)
+        self.kv[:, 0, :, :length] = k[:, :, :length]
+        self.kv[:, 1, :, :length] = v[..., :d]
         self.length = length
+
+    def sums(self, data: memoryview) -> bytes:
+        words = np.frombuffer(data, np.uint32)
+        blocks = [words[i : i + SUM_WORDS] for i in range(0, len(words), SUM_WORDS)]
+        return b"".join(block_sums(block.reshape(-1, PANEL)).tobytes() for block in blocks)
+
+
+def pad_to_panels(x: Array, axis: int) -> Array:
+    """Zeros behind the numbers of one axis, up to a whole number of panels."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % PANEL)
+    return np.pad(x, widths)
+
+
+def to_panels(x: Array) -> Array:
+    """[n_layer, n_head, inputs, outputs] -> [n_layer, n_head, outputs / 16, inputs, 16]"""
+    n_layer, n_head, inputs, outputs = x.shape
+    return x.reshape(n_layer, n_head, inputs, outputs // PANEL, PANEL).swapaxes(2, 3)
+
+
+SUM_WORDS = 1 << 18  # as TG_SUM_WORDS in kernels.c, which explains these sums
+
+
+def block_sums(words: Array) -> Array:
+    """uint32 [n, 16] -> uint64 [2, 16]: each lane's sum, and the sum of all its running sums."""
+    remaining = np.arange(len(words), 0, -1, dtype=np.uint64)[:, None]  # [n, 1]
+    wide = words.astype(np.uint64)
+    return np.stack([wide.sum(axis=0), (wide * remaining).sum(axis=0)])
 
 
 class NumpyWorkspace:
@@ -1796,6 +1854,9 @@ class NumpyBackend:
 
     def kept(self, workspace: NumpyWorkspace, row: Array) -> NumpyLogits:
         return NumpyLogits(workspace, row[None])
+
+    def row_of(self, data: memoryview) -> Array:
+        return np.frombuffer(data, np.float32).copy()
 
     def forward(self, workspace: NumpyWorkspace, spans: Sequence[Span]) -> NumpyLogits:
         """GPT-2. The rows of all spans, R in all, go through the linear layers together."""
@@ -2571,6 +2632,7 @@ class Session(GenerateMethods):
         self.closed = False
         self._tokens: list[int] = []
         self._cache: Optional[Cache] = cache or model.backend.new_cache()
+        self._snapshot: Optional[Snapshot] = None  # what the cache takes over when it is needed
         self._logits: Any = None  # a kept row: the logits after the last token, once known
         self._claims: list[Claim] = []  # see `Turn`
         self._change = 0  # counts changes, so that an open stream notices those of others
@@ -2636,10 +2698,41 @@ class Session(GenerateMethods):
                 self._open_cache().truncate(length - count)
                 del self._tokens[length - count :]
 
+    def replace(self, prompt: Prompt, special: bool = False) -> int:
+        """Let the text be `prompt`, and compute it; return how many tokens were kept.
+
+        The longest beginning that it shares with the present text is kept. So a chat or an editor
+        that passes its whole text each time pays only for what is new.
+        """
+        tokens = self.model.tokens_of(prompt, special, True)
+        with Turn(self):
+            kept = shared_length(self._tokens, tokens)
+            self._check_length(0, len(tokens))
+            if kept < max(len(self._tokens), len(tokens)):
+                self._change += 1
+                self._logits = None
+                self._open_cache().truncate(kept)
+                self._tokens[kept:] = tokens[kept:]
+            if tokens:
+                with self.model.workspace() as workspace:
+                    self._compute_all(workspace)
+        return kept
+
+    def save(self, path: Path) -> None:
+        """Write the text and all that was computed for it to a safetensors file.
+
+        `Model.load_session` opens it, with the same model. The file appears whole or not at all.
+        """
+        target = path_text(path, "path")
+        with Turn(self):
+            save_session(self, target)
+
     def fork(self) -> Session:
         """A new session with the same text, at the cost of copying the used part of the cache."""
         with Turn(self):
-            fork = Session(self.model, self._open_cache().fork())
+            snapshot = self._snapshot
+            fork = Session(self.model, None if snapshot else self._open_cache().fork())
+            fork._snapshot = snapshot
             fork._tokens = list(self._tokens)
             fork._logits = self._logits
             fork.finish_reason, fork.seed = self.finish_reason, self.seed
@@ -2648,7 +2741,7 @@ class Session(GenerateMethods):
     def close(self) -> None:
         """Free the cache. What computes fails from here on; closing again is allowed."""
         self.closed = True
-        self._cache = self._logits = None
+        self._cache = self._logits = self._snapshot = None
 
     def __enter__(self) -> Session:
         return self
@@ -2681,12 +2774,15 @@ class Session(GenerateMethods):
         tokenizer = self.model.tokenizer
         return b"".join(map(tokenizer.token_bytes, self._tokens[-4:])) if tokenizer else b""
 
-    def _append(self, tokens: Sequence[int]) -> None:
-        total, positions = len(self._tokens) + len(tokens), self.model.config.n_positions
-        if tokens and total > positions:
-            found = f"{len(tokens)} after {len(self._tokens)}" if self._tokens else str(total)
+    def _check_length(self, n_before: int, n_new: int) -> None:
+        positions = self.model.config.n_positions
+        if n_new and n_before + n_new > positions:
+            found = f"{n_new} after {n_before}" if n_before else str(n_new)
             text = f"expected at most {positions} tokens, the positions of the model, found {found}"
             raise ContextError(f"context: {text}; shorten the text or rewind the session")
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        self._check_length(len(self._tokens), len(tokens))
         if tokens:
             self._change += 1
             self._logits = None
@@ -2706,6 +2802,10 @@ class Session(GenerateMethods):
         cache = self._cache
         if cache is None:  # closed by another thread just now
             raise StateError(SESSION_CLOSED)
+        snapshot = self._snapshot
+        if snapshot is not None:
+            snapshot.fill(cache)
+            self._snapshot = None
         return cache
 
     def _next_span(self, capacity: int) -> Optional[Span]:
@@ -2741,6 +2841,137 @@ class Session(GenerateMethods):
             tokens = self._tokens[start : start + backend.chunk]
             yield start, backend.forward(workspace, [Span(cache, tokens, start, len(tokens))])
             cache.length = start + len(tokens)
+
+
+def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many elements two sequences have in common at their beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+# A saved session is a safetensors file with the tensors `keys` and `values` (`snapshot_layout`),
+# `logits` after the last token if they were known, and `tokens`. It belongs to one model, whose
+# fingerprint is in the metadata.
+
+SESSION_FORMAT, SESSION_VERSION = "tinygpt2-session", "1"
+SAVED_WITH = "`session.save` writes it, and the same model's `load_session` opens it"
+
+
+class SavedState(NamedTuple):
+    """What the metadata of a saved session says."""
+
+    cached: int  # tokens whose keys and values are there
+    n_tokens: int
+    has_logits: bool
+    finish_reason: Optional[str]
+    seed: Optional[int]
+    sums: str  # of keys and values; see TG_SUM_WORDS in kernels.c
+    crc32: str  # of logits and tokens
+
+
+def session_layout(config: Config, state: SavedState) -> dict[str, Entry]:
+    entries = snapshot_layout(config, state.cached)
+    if state.has_logits:
+        entries["logits"] = ("F32", (round_up(config.vocab_size, PANEL),))
+    entries["tokens"] = ("I32", (state.n_tokens,))
+    return entries
+
+
+def save_session(session: Session, path: str) -> None:
+    config, tokens, row = session.model.config, session._tokens, session._logits
+    cache = session._open_cache()
+    keys, values = cache.dump()
+    logits = b"" if row is None else bytes(memoryview(row).cast("B"))
+    logits = logits.ljust(round_up(len(logits), ALIGNMENT), b"\0")
+    words = struct.pack(f"<{len(tokens)}i", *tokens)
+    outcome = session.finish_reason, session.seed
+    sums, crc = cache_sums(cache, keys, values), f"{zlib.crc32(logits + words):08x}"
+    state = SavedState(cache.length, len(tokens), row is not None, *outcome, sums, crc)
+    metadata = {
+        "format": SESSION_FORMAT,
+        "format_version": SESSION_VERSION,
+        "model": session.model.fingerprint,
+        "session": json.dumps(state._asdict()),
+    }
+    pieces = keys, values, memoryview(logits), memoryview(words)
+    data = (piece[i : i + (1 << 22)] for piece in pieces for i in range(0, len(piece), 1 << 22))
+    write_tensors(path, session_layout(config, state), data, metadata, lambda file: None)
+
+
+def cache_sums(cache: Cache, keys: memoryview, values: memoryview) -> str:
+    import hashlib
+
+    return hashlib.sha256(cache.sums(keys) + cache.sums(values)).hexdigest()
+
+
+class Snapshot:
+    """A saved session's file, mapped and checked. Its keys and values, which are large, are
+    checked when a cache takes them over."""
+
+    def __init__(self, model: Model, path: Path) -> None:
+        self.file = TensorFile(path)
+        try:
+            self.check_kind(model)
+            self.state = self.read_state(model.config)
+            self.tokens, self.row = self.read_text(model)
+        except TinyGPT2Error:
+            self.file.close()
+            raise
+
+    def refuse(self, field: str, expected: str, found: object) -> NoReturn:
+        raise FormatError(self.file.path, field, expected, quote(found), SAVED_WITH)
+
+    def check_kind(self, model: Model) -> None:
+        metadata = self.file.metadata
+        for name, expected in {
+            "format": SESSION_FORMAT,
+            "format_version": SESSION_VERSION,
+            "model": model.fingerprint,
+        }.items():
+            if metadata.get(name) != expected:
+                self.refuse(f"__metadata__ {name}", repr(expected), metadata.get(name))
+        if HEADER_CRC not in metadata:
+            self.refuse(f"__metadata__ {HEADER_CRC}", "a checksum", None)
+
+    def read_state(self, config: Config) -> SavedState:
+        text = self.file.metadata.get("session", "").encode("utf-8", "surrogatepass")
+        field = "__metadata__ session"
+        values = parse_json_object(self.file.path, field, text)
+        if set(values) != set(SavedState._fields):
+            self.refuse(field, "the names of a session", sorted(values))
+        state = SavedState(**values)
+        counts = is_count(state.cached) and is_count(state.n_tokens)
+        if not counts or not state.cached <= state.n_tokens <= config.n_positions + 1:
+            expected = f"cached <= n_tokens <= {config.n_positions + 1}"
+            self.refuse(field, expected, (state.cached, state.n_tokens))
+        reason, seed = state.finish_reason, state.seed
+        is_known = reason is None or isinstance(reason, str)
+        if not is_known or not (seed is None or isinstance(seed, int)):
+            self.refuse(field, "a finish_reason and a seed", (reason, seed))
+        if not isinstance(state.has_logits, bool):
+            self.refuse(field, "true or false for has_logits", state.has_logits)
+        check_tensors(self.file, session_layout(config, state))
+        return state
+
+    def read_text(self, model: Model) -> tuple[list[int], Any]:
+        """The tokens, and the logits after the last one."""
+        state, file, size = self.state, self.file, model.config.vocab_size
+        logits = file.view("logits", "B") if state.has_logits else memoryview(b"")
+        words = file.view("tokens", "B")
+        crc = f"{zlib.crc32(words, zlib.crc32(logits)):08x}"
+        if crc != state.crc32:
+            self.refuse("tensors logits and tokens", f"the CRC-32 {quote(state.crc32)}", crc)
+        tokens = list(struct.unpack(f"<{state.n_tokens}i", words))
+        if not all(is_token(token, size) for token in tokens):
+            self.refuse("tensor tokens", f"tokens below {size}", "others")
+        return tokens, model.backend.row_of(logits[: 4 * size]) if state.has_logits else None
+
+    def fill(self, cache: Cache) -> None:
+        """Check keys and values, and copy them into a cache."""
+        keys, values = self.file.view("keys", "B"), self.file.view("values", "B")
+        sums = cache_sums(cache, keys, values)
+        if sums != self.state.sums:
+            self.refuse("tensors keys and values", f"the sums {quote(self.state.sums)}", sums)
+        cache.restore(keys, values, self.state.cached)
 
 
 class Model(GenerateMethods):
@@ -2896,6 +3127,15 @@ class Model(GenerateMethods):
     def session(self) -> Session:
         """A new, empty session."""
         return Session(self)
+
+    def load_session(self, path: Path) -> Session:
+        """The session that `Session.save` wrote. Its file is mapped, and copied when needed."""
+        snapshot = Snapshot(self, path)
+        session = Session(self)
+        session._snapshot = snapshot
+        session._tokens, session._logits = snapshot.tokens, snapshot.row
+        session.finish_reason, session.seed = snapshot.state.finish_reason, snapshot.state.seed
+        return session
 
     def answering(self) -> tuple[Session, bool]:
         return self.session(), True
@@ -3170,8 +3410,9 @@ class Kernels:
             "tg_cache_new": (pointer, [pointer]),
             "tg_cache_free": (None, [pointer]),
             "tg_cache_copy": (None, [pointer, pointer, number]),
-            "tg_cache_dump": (None, [pointer, number, pointer]),
-            "tg_cache_restore": (None, [pointer, number, pointer]),
+            "tg_cache_dump": (None, [pointer, number, pointer, pointer]),
+            "tg_cache_restore": (None, [pointer, number, pointer, pointer]),
+            "tg_sums": (None, [pointer, pointer, c.c_size_t, c.POINTER(c.c_uint64)]),
             "tg_pass_new": (pointer, [pointer]),
             "tg_pass_free": (None, [pointer]),
             "tg_forward": (number, [pointer, spans, number]),
@@ -3192,8 +3433,8 @@ class Kernels:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
 
-    def address_of(self, data: mmap.mmap) -> tuple[int, Handle]:
-        """Where a read-only map lies in memory, and what keeps it there."""
+    def address_of(self, data: Union[mmap.mmap, memoryview]) -> tuple[int, Handle]:
+        """Where read-only data lie in memory, and what keeps them there."""
         c = self.c
         sizes = [(name, c.c_ssize_t) for name in ("len", "itemsize")]
         flags = [(name, c.c_int) for name in ("readonly", "ndim")]
@@ -3262,16 +3503,25 @@ class CCache:
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
-    def dump(self) -> bytes:
-        config = self.backend.config
-        size = 4 * config.n_layer * 2 * self.length * config.n_embd
-        data = (self.backend.kernels.c.c_char * size)()
-        self.backend.library.tg_cache_dump(self.handle.pointer, self.length, data)
-        return bytes(data)
+    def dump(self) -> tuple[memoryview, memoryview]:
+        c, shapes = self.backend.kernels.c, snapshot_layout(self.backend.config, self.length)
+        keys, values = ((c.c_char * byte_size(*shapes[name]))() for name in ("keys", "values"))
+        self.backend.library.tg_cache_dump(self.handle.pointer, self.length, keys, values)
+        return memoryview(keys).cast("B"), memoryview(values).cast("B")
 
-    def restore(self, data: bytes, length: int) -> None:
-        self.backend.library.tg_cache_restore(self.handle.pointer, length, data)
+    def restore(self, keys: memoryview, values: memoryview, length: int) -> None:
+        address_of = self.backend.kernels.address_of
+        places = [address_of(data)[0] for data in (keys, values)]  # the caller holds both
+        self.backend.library.tg_cache_restore(self.handle.pointer, length, *places)
         self.length = length
+
+    def sums(self, data: memoryview) -> bytes:
+        kernels = self.backend.kernels
+        address = kernels.address_of(data)[0]  # the caller holds it
+        n_words = len(data) // 4
+        sums = (kernels.c.c_uint64 * (2 * PANEL * -(-n_words // SUM_WORDS)))()
+        self.backend.library.tg_sums(self.backend.model.pointer, address, n_words, sums)
+        return bytes(sums)
 
 
 class CWorkspace:
@@ -3434,6 +3684,9 @@ class CBackend:
 
     def kept(self, workspace: CWorkspace, row: Any) -> CLogits:
         return CLogits(self, workspace, 1, row)
+
+    def row_of(self, data: memoryview) -> Any:
+        return (self.kernels.c.c_float * self.config.vocab_size).from_buffer_copy(data)
 
     def forward(self, workspace: CWorkspace, spans: Sequence[Span]) -> CLogits:
         """C returns after 20 ms or so and is called again, so that Ctrl-C ends a long prompt."""

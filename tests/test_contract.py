@@ -213,9 +213,11 @@ def from_a_saved_cache(model: Model, ids: list[int]) -> Found:
     cache, loaded = backend.new_cache(), backend.new_cache()
     backend.forward(workspace, [Span(cache, ids[:half], 0, 0)])
     cache.length = half
-    loaded.restore(cache.dump(), half)
-    assert loaded.dump() == cache.dump()
-    assert len(cache.dump()) == 4 * model.config.n_layer * 2 * half * model.config.n_embd
+    keys, values = cache.dump()
+    loaded.restore(keys, values, half)
+    assert loaded.dump() == (keys, values)
+    entries = tinygpt2.snapshot_layout(model.config, half)
+    assert [len(keys), len(values)] == [tinygpt2.byte_size(*entry) for entry in entries.values()]
     rows = backend.forward(workspace, [Span(loaded.fork(), ids[half:], half, len(ids) - half)])
     return list(range(half, len(ids))), rows.array()
 
