@@ -42,6 +42,7 @@ import contextlib
 import errno
 import heapq
 import importlib
+import itertools
 import json
 import math
 import mmap
@@ -1560,6 +1561,17 @@ class Logits(Protocol):
         """A copy of one row; the backend's `kept` makes it `Logits` again."""
 
 
+GoesOn = Callable[[], bool]
+
+
+def always() -> bool:
+    return True
+
+
+class CancelError(Exception):
+    """Ends a pass that nobody waits for any more. It never leaves this module."""
+
+
 class Backend(Protocol):
     """What computes a model. It never changes, so any number of threads can share it."""
 
@@ -1572,8 +1584,11 @@ class Backend(Protocol):
     def new_workspace(self) -> Any:
         """The scratch memory of a pass, for one thread at a time."""
 
-    def forward(self, workspace: Any, spans: Sequence[Span]) -> Logits:
-        """One pass over the spans of one or more texts, which share each reading of the weights."""
+    def forward(self, workspace: Any, spans: Sequence[Span], goes_on: GoesOn = always) -> Logits:
+        """One pass over the spans of one or more texts, which share each reading of the weights.
+
+        `goes_on` is asked several times. If it says no, the pass ends with `CancelError`.
+        """
 
     def kept(self, workspace: Any, row: Any) -> Logits:
         """The single row that `Logits.keep` returned, as logits."""
@@ -1858,7 +1873,9 @@ class NumpyBackend:
     def row_of(self, data: memoryview) -> Array:
         return np.frombuffer(data, np.float32).copy()
 
-    def forward(self, workspace: NumpyWorkspace, spans: Sequence[Span]) -> NumpyLogits:
+    def forward(
+        self, workspace: NumpyWorkspace, spans: Sequence[Span], goes_on: GoesOn = always
+    ) -> NumpyLogits:
         """GPT-2. The rows of all spans, R in all, go through the linear layers together."""
         workspace.n_passes += 1
         is_small = sum(len(span.tokens) for span in spans) < MANY_ROWS
@@ -1866,6 +1883,8 @@ class NumpyBackend:
             # Damaged weights are an error later, not a warning.
             x = np.concatenate([self.embed(span) for span in spans])  # [R, n_embd]
             for i, block in enumerate(self.blocks):
+                if not goes_on():
+                    raise CancelError
                 x = x + self.attention(i, block, self.norm(x, block, "ln_1"), spans)
                 x = x + self.mlp(block, self.norm(x, block, "ln_2"))
             x = self.norm(wanted_rows(x, spans), self.ln_f, "ln_f")  # [wanted, n_embd]
@@ -2185,7 +2204,7 @@ class Result(NamedTuple):
 
     text: Optional[str]  # None for a model without a tokenizer
     ids: list[int]  # its tokens, those of a stop text included
-    finish_reason: str  # "length", "end", "stop" or "context"; see `Session`
+    finish_reason: str  # "length", "end", "stop", "context" or "cancelled"; see `Session`
     seed: int  # with which it can be repeated
     logprobs: Optional[list[float]]  # of each token, before temperature and filters; None: unknown
 
@@ -2371,6 +2390,7 @@ class Answer:
     """An answer while it is made: an iterator over the pieces of its text.
 
     `ids` and `seed` can be read at any time; `finish_reason` is None until the answer has ended.
+    Any thread may `cancel` it.
     """
 
     def __init__(self, session: Session, sampler: Sampler, own_session: bool, logprobs: bool):
@@ -2381,6 +2401,7 @@ class Answer:
         self.finish_reason: Optional[str] = None
         self._logprobs: Optional[list[float]] = [] if logprobs else None
         self._own_session = own_session
+        self._is_cancelled = False
         self._n_before = len(session)
         self._change = session._change
         self._tokenizer = session.model.tokenizer
@@ -2434,6 +2455,17 @@ class Answer:
             advance(self.session.model, [self])
         self._is_broken = False
 
+    def cancel(self) -> None:
+        """End the answer with the finish reason "cancelled", soon after this call.
+
+        A step that another thread is computing ends within some 20 ms, also inside a long prompt.
+        """
+        self._is_cancelled = True
+
+    def goes_on(self) -> bool:
+        """Whether somebody still wants the answer."""
+        return not self._is_cancelled
+
     def result(self) -> Result:
         """Compute the answer to its end and return it whole."""
         while self.step():
@@ -2455,7 +2487,9 @@ class Answer:
 
     def end_if_over(self) -> bool:
         """End the answer if no token may follow; whether it has ended."""
-        if len(self.ids) >= self.sampler.options.max_new_tokens:
+        if self._is_cancelled:
+            self._end("cancelled")
+        elif len(self.ids) >= self.sampler.options.max_new_tokens:
             self._end("length")
         elif self.session._is_full():
             self._end("context")
@@ -2506,12 +2540,72 @@ def advance(model: Model, answers: Sequence[Answer]) -> None:
     caller has the turn of every session.
     """
     active = [answer for answer in answers if not answer.end_if_over()]
-    if active:
-        with model.workspace() as workspace:
-            rows = compute(model.backend, workspace, [answer.session for answer in active])
-            for answer, row in zip(active, rows):
-                if row is not None:
-                    answer.take(*row)
+    if not active:
+        return
+    sessions = [answer.session for answer in active]
+
+    def goes_on() -> bool:
+        return any(answer.goes_on() for answer in active)
+
+    with model.workspace() as workspace, contextlib.suppress(CancelError):
+        rows = compute(model.backend, workspace, sessions, goes_on)
+        for answer, row in zip(active, rows):
+            if row is not None and answer.goes_on():
+                answer.take(*row)
+
+
+def each_result(answers: Iterator[Answer], batch_size: int) -> Iterator[tuple[int, Result]]:
+    """Compute answers of one model, `batch_size` at a time; the next begins when one ends.
+
+    Yields the number of an answer with its result, in the order in which they end. Every text has
+    the bits that it has alone.
+    """
+    numbered = enumerate(answers)
+    active: list[tuple[int, Answer]] = []
+    while True:
+        active += itertools.islice(numbered, batch_size - len(active))
+        if not active:
+            return
+        advance(active[0][1].session.model, [answer for _, answer in active])
+        for number, answer in active:
+            if answer.finish_reason is not None:
+                yield number, answer.result()
+        active = [entry for entry in active if entry[1].finish_reason is None]
+
+
+class AsyncAnswer:
+    """The pieces of an answer for `async for`, each computed in a thread of the loop's executor.
+
+    A task that is cancelled while it waits for a piece cancels the answer, too.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    def __aiter__(self) -> AsyncAnswer:
+        return self
+
+    async def __anext__(self) -> str:
+        import asyncio
+
+        step = asyncio.get_running_loop().run_in_executor(None, self.next_piece)
+        try:
+            piece = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self.answer.cancel()
+            await asyncio.wait([step])  # until then the thread uses the session
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def next_piece(self) -> Optional[str]:
+        """None at the end, as StopIteration cannot pass through a future."""
+        return next(self.answer, None)
+
+    async def aclose(self) -> None:
+        """End the answer."""
+        self.answer.cancel()
 
 
 @contextlib.contextmanager
@@ -2528,7 +2622,9 @@ def naming_position(model: Model, position: int) -> Iterator[None]:
 Row = tuple[Any, int]  # logits, and the row of them that belongs to a text
 
 
-def compute(backend: Backend, workspace: Any, sessions: Sequence[Session]) -> list[Optional[Row]]:
+def compute(
+    backend: Backend, workspace: Any, sessions: Sequence[Session], goes_on: GoesOn = always
+) -> list[Optional[Row]]:
     """One pass over the texts. For each: the logits after its last token, or None if the pass had
     no room to reach it."""
     spans: list[Optional[Span]] = []
@@ -2538,7 +2634,7 @@ def compute(backend: Backend, workspace: Any, sessions: Sequence[Session]) -> li
         spans.append(span)
         capacity -= len(span.tokens) if span else 0
     present = [span for span in spans if span is not None]
-    logits = backend.forward(workspace, present) if present else None
+    logits = backend.forward(workspace, present, goes_on) if present else None
     rows: list[Optional[Row]] = []
     n_wanted = 0
     for session, span in zip(sessions, spans):
@@ -2622,7 +2718,7 @@ class Session(GenerateMethods):
     A session belongs to one caller at a time; several sessions of one model are independent.
     `copy.copy` and `fork` give a second future of the same text. `finish_reason` says why the last
     answer ended: "length" (max_new_tokens), "end" (the model chose end-of-text), "stop" (a stop
-    text) or "context" (every position is used); `seed` with which seed it was drawn.
+    text), "context" (every position is used) or "cancelled"; `seed` with which seed it was drawn.
     """
 
     def __init__(self, model: Model, cache: Optional[Cache] = None) -> None:
@@ -3688,7 +3784,9 @@ class CBackend:
     def row_of(self, data: memoryview) -> Any:
         return (self.kernels.c.c_float * self.config.vocab_size).from_buffer_copy(data)
 
-    def forward(self, workspace: CWorkspace, spans: Sequence[Span]) -> CLogits:
+    def forward(
+        self, workspace: CWorkspace, spans: Sequence[Span], goes_on: GoesOn = always
+    ) -> CLogits:
         """C returns after 20 ms or so and is called again, so that Ctrl-C ends a long prompt."""
         workspace.n_passes += 1
         c_spans = (self.kernels.Span * len(spans))(*map(self.c_span, spans))
@@ -3697,6 +3795,8 @@ class CBackend:
         status = self.library.tg_forward(pointer, c_spans, len(spans))
         while status == MORE:
             check_signals()
+            if not goes_on():
+                raise CancelError
             status = self.library.tg_forward(pointer, None, 0)
         check_signals()
         check_status(status)
