@@ -2194,6 +2194,151 @@ def filter_tokens(scores: Array, options: Options) -> Array:
     return np.sort(tokens[p >= options.min_p * p[0]])
 
 
+# Constraints. Sets of tokens and bad words rule tokens out before the filters. An expression judges
+# the tokens one by one, in the order of the choice, by the text that they would make.
+
+TokenRule = Union[frozenset[int], Callable[[list[int]], Iterable[SupportsIndex]]]
+
+
+def token_mask(size: int, tokens: Iterable[int], value: int) -> bytearray:
+    """[size]: `value` for these tokens, and 1 - `value` for all others."""
+    mask = bytearray([1 - value]) * size
+    for token in tokens:
+        mask[token] = value
+    return mask
+
+
+def allowed_mask(options: Options, size: int, text: list[int]) -> Optional[bytes]:
+    """Which tokens may follow `text` by `allowed` and `bad_words`; None if all may."""
+    rule = options.allowed
+    if rule is None and not options.bad_words:
+        return None
+    tokens: Iterable[int] = range(size)
+    if rule is not None:
+        tokens = checked_tokens(rule(list(text)), size) if callable(rule) else rule
+    mask = token_mask(size, tokens, 1)
+    for word in options.bad_words:
+        n = len(word) - 1
+        if n <= len(text) and tuple(text[len(text) - n :]) == word[:-1]:
+            mask[word[-1]] = 0
+    return bytes(mask)
+
+
+def checked_tokens(values: Any, size: int) -> list[int]:
+    """Token ids that a caller's function returned."""
+    tokens = as_tokens(values, size)
+    if tokens is None:
+        found = quote(values)
+        raise InputError(f"option allowed: expected tokens below {size}, found {found}")
+    return tokens
+
+
+REGEX_TIMEOUT = 1.0  # seconds for one token
+
+# The parts of a pattern that matter here; escapes and sets hide what looks like one of them.
+PATTERN_PARTS = re.compile(
+    r"""\\(?P<escape>.)
+    | \[\^?\]?(?:\\.|[^\]\\])*\]
+    | (?P<group>\((?:\*|\?(?!P?<[A-Za-z_]|P=|[aifLmsuwxV01-]*[:)])).{0,2})
+    | (?P<fuzzy>\{(?=[^}]*[eids])[eids0-9<=+,\ ]+(?::[^}]*)?\})
+    | (?P<possessive>(?:[*+?]|\{[0-9,]*\})\+)""",
+    re.VERBOSE | re.DOTALL,
+)
+# Partial matching says "maybe" for ever after some of these, although no text can follow.
+UNSUPPORTED = {
+    "escape": "a word boundary, \\G, \\K or \\X",
+    "group": "look-around, an atomic group, a condition, recursion, a verb or one of the flags berp",
+    "fuzzy": "a fuzzy match",
+    "possessive": "a possessive quantifier",
+}
+
+
+class Expression:
+    """A regular expression that a whole answer must match, tested token by token.
+
+    The package `regex` tells whether a text can still become a match. Nothing is computed over
+    the vocabulary.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        refuse_unsupported(pattern)
+        try:
+            regex = importlib.import_module("regex")
+        except ImportError:
+            advice = "`pip install regex` installs it"
+            raise TinyGPT2Error(f"option regex: needs the package regex ({advice})") from None
+        try:
+            self.pattern = regex.compile(pattern)
+        except regex.error as error:
+            raise InputError(f"option regex: {error}, in {quote(pattern)}") from None
+        # Nothing but ASCII can match if the pattern has no dot, negated set, class or flag.
+        plain = re.sub(r"\\[^\w]", "", pattern)
+        self.is_ascii = pattern.isascii() and not re.search(r"\.|\[\^|\\|\(\?[a-zA-Z]", plain)
+        self.text = ""  # the answer so far
+        self.unfinished = b""  # the first bytes of a character
+
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+        return not self.unfinished and self.match(self.text, False)
+
+    def match(self, text: str, partial: bool) -> bool:
+        """Whether a text matches, or with `partial`, whether it can become a match."""
+        try:
+            found = self.pattern.fullmatch(text, partial=partial, timeout=REGEX_TIMEOUT)
+        except TimeoutError:
+            advice = "a simpler expression is needed"
+            raise InputError(
+                f"option regex: one test took over {REGEX_TIMEOUT} s; {advice}"
+            ) from None
+        return found is not None
+
+    def accepts(self, data: bytes) -> bool:
+        """Whether the answer may go on with these bytes."""
+        added, rest = split_utf8(self.unfinished + data)
+        if added is None or not data:
+            return False
+        if not rest:
+            return self.match(self.text + added, True)
+        if self.is_ascii:
+            return False
+        text = self.text + added
+        return any(self.match(text + last, True) for last in characters_from(rest))
+
+    def push(self, data: bytes) -> None:
+        added, self.unfinished = split_utf8(self.unfinished + data)
+        self.text += added or ""
+
+
+def refuse_unsupported(pattern: str) -> None:
+    """Refuse what cannot be tested token by token, by its name."""
+    for part in PATTERN_PARTS.finditer(pattern):
+        kind = part.lastgroup
+        if kind is None or (kind == "escape" and part["escape"] not in "bBmMGKX"):
+            continue
+        found = f"{UNSUPPORTED[kind]}, {quote(part[0])}"
+        raise InputError(f"option regex: {found}, cannot be tested token by token; leave it out")
+
+
+def split_utf8(data: bytes) -> tuple[Optional[str], bytes]:
+    """The characters in data, and the bytes of one that is unfinished; None for invalid UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    try:
+        text = decoder.decode(data)
+    except UnicodeDecodeError:
+        return None, b""
+    return text, decoder.getstate()[0]
+
+
+def characters_from(start: bytes) -> Iterator[str]:
+    """All characters whose UTF-8 begins with these bytes."""
+    length = 2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4
+    missing = length - len(start)
+    for number in range(64**missing):
+        rest = bytes(0x80 | number >> 6 * i & 0x3F for i in reversed(range(missing)))
+        with contextlib.suppress(UnicodeDecodeError):
+            yield (start + rest).decode("utf-8")
+
+
 # ------------------------------------------------------------------------------------------------
 # 7. Text
 # ------------------------------------------------------------------------------------------------
