@@ -91,6 +91,7 @@ with contextlib.suppress(KeyError):  # a program may execute this file without r
 Array = Any  # a NumPy array inside this module; its shape stands in the comments
 Path = Union[str, "os.PathLike[str]"]
 Prompt = Union[str, Iterable[SupportsIndex]]  # text, or token ids
+Allowed = Union[Iterable[SupportsIndex], Callable[[list[int]], Iterable[SupportsIndex]]]
 Number = Union[SupportsFloat, SupportsIndex]  # Python's numbers and NumPy's
 Progress = Callable[[str, int, int], None]  # called with a label, how much is done, how much in all
 
@@ -98,6 +99,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Answer",
     "Config",
+    "ConstraintError",
     "ContextError",
     "DownloadError",
     "FormatError",
@@ -110,6 +112,7 @@ __all__ = [
     "Score",
     "Session",
     "StateError",
+    "Timings",
     "TinyGPT2Error",
     "convert",
     "download",
@@ -170,6 +173,18 @@ class ContextError(InputError):
 
 class StateError(TinyGPT2Error):
     """A session or model that is closed, or that two callers use at the same time."""
+
+
+class ConstraintError(TinyGPT2Error):
+    """No token can follow by the constraints of an answer. `ids` are its tokens so far."""
+
+    def __init__(self, text: str, ids: Sequence[int] = ()) -> None:
+        super().__init__(text, ids)
+        self.text = text
+        self.ids = list(ids)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class NumericError(TinyGPT2Error):
@@ -1955,6 +1970,9 @@ def wanted_rows(x: Array, spans: Sequence[Span]) -> Array:
 # ------------------------------------------------------------------------------------------------
 
 
+TokenRule = Union[frozenset[int], Callable[[list[int]], Iterable[SupportsIndex]]]
+
+
 class Options(NamedTuple):
     """How to choose tokens and when to stop, with the defaults.
 
@@ -1973,6 +1991,14 @@ class Options(NamedTuple):
     seed: Optional[int] = None  # the same seed, the same text; None takes a new one
     stop: Sequence[str] = ()  # texts that end the answer and are not part of it
     logit_bias: Optional[dict[int, float]] = None  # added to the logits of these tokens
+    stop_token_ids: Sequence[int] = ()  # tokens that end the answer, beside the model's own
+    bad_words: Sequence[tuple[int, ...]] = ()  # sequences of tokens that must not be completed
+    allowed: Optional[TokenRule] = None  # the tokens that may be chosen, or a function of the ids
+    regex: Optional[str] = None  # an expression that the whole answer must match
+    max_time: float = math.inf  # seconds, after which no token is begun
+    overflow: str = "stop"  # when the context is full: "stop", "error" or "shift"
+    keep: int = 0  # how many tokens of the beginning a shift keeps
+    num_beams: int = 1  # above 1: beam search, which needs temperature 0
 
 
 def check_options(values: dict[str, Any], config: Config) -> Options:
@@ -2015,6 +2041,14 @@ def check_option(name: str, value: Any, vocab_size: int) -> Any:
             lambda v: as_biases(v, vocab_size),
             "a dict: token to a number up to 1e30, or -inf",
         ),
+        "stop_token_ids": (lambda v: as_tokens(v, vocab_size), f"tokens below {vocab_size}"),
+        "bad_words": (lambda v: as_words(v, vocab_size), "texts, or lists of tokens, none empty"),
+        "allowed": (lambda v: as_rule(v, vocab_size), "tokens, or a function that returns tokens"),
+        "regex": (lambda v: v if isinstance(v, str) else None, "a regular expression as a string"),
+        "max_time": (lambda v: as_number(v, 0, math.inf), "a number of seconds from 0"),
+        "overflow": (lambda v: v if v in OVERFLOWS else None, f"one of {OVERFLOWS}"),
+        "keep": (as_count, "a whole number from 0"),
+        "num_beams": (lambda v: as_count(v) or None, "a whole number from 1"),
     }
     convert_value, expected = checks[name]
     checked = convert_value(value)
@@ -2023,6 +2057,7 @@ def check_option(name: str, value: Any, vocab_size: int) -> Any:
     return checked
 
 
+OVERFLOWS = ("stop", "error", "shift")
 SAME_OPTION = {"max_tokens": "max_new_tokens", "max_length": "max_new_tokens"}
 
 
@@ -2057,6 +2092,32 @@ def as_texts(value: Any) -> Optional[tuple[str, ...]]:
     texts = (value,) if isinstance(value, str) else value
     is_list = isinstance(texts, (list, tuple))
     return tuple(texts) if is_list and all(isinstance(t, str) and t for t in texts) else None
+
+
+def as_tokens(value: Any, vocab_size: int) -> Optional[list[int]]:
+    """Token ids from anything that holds them; None if it holds something else."""
+    try:
+        tokens = [as_index(item) for item in value]
+    except TypeError:
+        return None
+    known = [token for token in tokens if token is not None and is_token(token, vocab_size)]
+    return known if len(known) == len(tokens) and not isinstance(value, (str, bytes)) else None
+
+
+def as_words(value: Any, vocab_size: int) -> Optional[tuple[tuple[int, ...], ...]]:
+    """Sequences of tokens; the model has made such of texts before."""
+    if isinstance(value, (str, bytes, dict)) or not isinstance(value, Iterable):
+        return None
+    words = [as_tokens(word, vocab_size) for word in value]
+    return None if not all(words) else tuple(tuple(word or ()) for word in words)
+
+
+def as_rule(value: Any, vocab_size: int) -> Optional[TokenRule]:
+    if callable(value):
+        rule: TokenRule = value
+        return rule
+    tokens = as_tokens(value, vocab_size)
+    return None if tokens is None else frozenset(tokens)
 
 
 def as_biases(value: Any, vocab_size: int) -> Optional[dict[int, float]]:
@@ -2197,26 +2258,29 @@ def filter_tokens(scores: Array, options: Options) -> Array:
 # Constraints. Sets of tokens and bad words rule tokens out before the filters. An expression judges
 # the tokens one by one, in the order of the choice, by the text that they would make.
 
-TokenRule = Union[frozenset[int], Callable[[list[int]], Iterable[SupportsIndex]]]
 
-
-def token_mask(size: int, tokens: Iterable[int], value: int) -> bytearray:
-    """[size]: `value` for these tokens, and 1 - `value` for all others."""
-    mask = bytearray([1 - value]) * size
+def token_mask(size: int, tokens: Iterable[int]) -> bytearray:
+    """[size]: 1 for these tokens, 0 for all others."""
+    mask = bytearray(size)
     for token in tokens:
-        mask[token] = value
+        mask[token] = 1
     return mask
 
 
-def allowed_mask(options: Options, size: int, text: list[int]) -> Optional[bytes]:
-    """Which tokens may follow `text` by `allowed` and `bad_words`; None if all may."""
+def static_mask(options: Options, size: int) -> Optional[bytes]:
+    """The tokens of `allowed`, if it is a set."""
     rule = options.allowed
-    if rule is None and not options.bad_words:
-        return None
-    tokens: Iterable[int] = range(size)
-    if rule is not None:
-        tokens = checked_tokens(rule(list(text)), size) if callable(rule) else rule
-    mask = token_mask(size, tokens, 1)
+    return None if rule is None or callable(rule) else bytes(token_mask(size, rule))
+
+
+def allowed_mask(options: Options, static: Optional[bytes], session: Session) -> Optional[bytes]:
+    """Which tokens may come next by `allowed` and `bad_words`; None if all may."""
+    if not options.bad_words and not callable(options.allowed):
+        return static
+    text, size = session._tokens, session.model.config.vocab_size
+    mask = bytearray(b"\1" * size if static is None else static)
+    if callable(options.allowed):
+        mask = token_mask(size, checked_tokens(options.allowed(list(text)), size))
     for word in options.bad_words:
         n = len(word) - 1
         if n <= len(text) and tuple(text[len(text) - n :]) == word[:-1]:
@@ -2247,7 +2311,7 @@ PATTERN_PARTS = re.compile(
 # Partial matching says "maybe" for ever after some of these, although no text can follow.
 UNSUPPORTED = {
     "escape": "a word boundary, \\G, \\K or \\X",
-    "group": "look-around, an atomic group, a condition, recursion, a verb or one of the flags berp",
+    "group": "look-around, an atomic group, a condition, recursion, a verb or a flag of those: berp",
     "fuzzy": "a fuzzy match",
     "possessive": "a possessive quantifier",
 }
@@ -2344,14 +2408,25 @@ def characters_from(start: bytes) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------
 
 
+class Timings(NamedTuple):
+    """What an answer took. In a batch, other texts share the time."""
+
+    prompt_tokens: int
+    new_tokens: int
+    seconds_to_first_token: Optional[float]
+    seconds: float
+
+
 class Result(NamedTuple):
     """A finished answer."""
 
     text: Optional[str]  # None for a model without a tokenizer
     ids: list[int]  # its tokens, those of a stop text included
-    finish_reason: str  # "length", "end", "stop", "context" or "cancelled"; see `Session`
+    finish_reason: str  # see `Session`
     seed: int  # with which it can be repeated
     logprobs: Optional[list[float]]  # of each token, before temperature and filters; None: unknown
+    top_logprobs: Optional[list[list[tuple[int, float]]]]  # at each token the n best, as asked for
+    timings: Timings
 
 
 class Score(NamedTuple):
@@ -2400,7 +2475,7 @@ class GenerateMethods:
         options: Sequence[Any],
         unknown: dict[str, NoReturn],
         as_text: bool = False,
-        logprobs: bool = False,
+        logprobs: Optional[SupportsIndex] = None,
     ) -> Answer:
         """Check the arguments and begin an answer. `options` are in the order of `Options`."""
         values = {**dict(zip(Options._fields, options)), **unknown}
@@ -2412,9 +2487,10 @@ class GenerateMethods:
         special: bool,
         values: dict[str, Any],
         as_text: bool,
-        logprobs: bool,
+        logprobs: Optional[SupportsIndex],
     ) -> Answer:
-        """An answer to `prompt`. `as_text`: its text is needed. `logprobs`: record them."""
+        """An answer to `prompt`. `as_text`: its text is needed. `logprobs`: how many alternatives
+        to record with the log-probability of each token; None records nothing."""
         session, own = self.answering()
         tokens = session.model.tokens_of(prompt, special, not len(session))
         return session._begin(tokens, values, as_text, logprobs, own)
@@ -2436,12 +2512,21 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        stop_token_ids: Optional[Iterable[SupportsIndex]] = None,
+        bad_words: Optional[Iterable[Prompt]] = None,
+        allowed: Optional[Allowed] = None,
+        regex: Optional[str] = None,
+        max_time: Optional[Number] = None,
+        overflow: Optional[Literal["stop", "error", "shift"]] = None,
+        keep: Optional[SupportsIndex] = None,
+        num_beams: Optional[SupportsIndex] = None,
         special: bool = False,
         **unknown: NoReturn,
     ) -> str:
         """The text that follows `prompt` (text or token ids), without it."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        choices = (*options, stop, logit_bias)
+        rules = (stop, logit_bias, stop_token_ids, bad_words, allowed, regex)
+        choices = (*options, *rules, max_time, overflow, keep, num_beams)
         return "".join(self.start(prompt, special, choices, unknown, as_text=True))
 
     def stream(
@@ -2457,12 +2542,55 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        stop_token_ids: Optional[Iterable[SupportsIndex]] = None,
+        bad_words: Optional[Iterable[Prompt]] = None,
+        allowed: Optional[Allowed] = None,
+        regex: Optional[str] = None,
+        max_time: Optional[Number] = None,
+        overflow: Optional[Literal["stop", "error", "shift"]] = None,
+        keep: Optional[SupportsIndex] = None,
+        num_beams: Optional[SupportsIndex] = None,
         special: bool = False,
+        logprobs: Optional[SupportsIndex] = None,
         **unknown: NoReturn,
     ) -> Answer:
         """The same piece by piece. No piece ends inside a character or inside a stop text."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        return self.start(prompt, special, (*options, stop, logit_bias), unknown, as_text=True)
+        rules = (stop, logit_bias, stop_token_ids, bad_words, allowed, regex)
+        choices = (*options, *rules, max_time, overflow, keep, num_beams)
+        return self.start(prompt, special, choices, unknown, True, logprobs)
+
+    def astream(
+        self,
+        prompt: Prompt = (),
+        *,
+        max_new_tokens: Optional[SupportsIndex] = None,
+        temperature: Optional[Number] = None,
+        top_k: Optional[SupportsIndex] = None,
+        top_p: Optional[Number] = None,
+        min_p: Optional[Number] = None,
+        repetition_penalty: Optional[Number] = None,
+        seed: Optional[SupportsIndex] = None,
+        stop: Union[str, Sequence[str], None] = None,
+        logit_bias: Optional[dict[int, float]] = None,
+        stop_token_ids: Optional[Iterable[SupportsIndex]] = None,
+        bad_words: Optional[Iterable[Prompt]] = None,
+        allowed: Optional[Allowed] = None,
+        regex: Optional[str] = None,
+        max_time: Optional[Number] = None,
+        overflow: Optional[Literal["stop", "error", "shift"]] = None,
+        keep: Optional[SupportsIndex] = None,
+        num_beams: Optional[SupportsIndex] = None,
+        special: bool = False,
+        logprobs: Optional[SupportsIndex] = None,
+        **unknown: NoReturn,
+    ) -> AsyncAnswer:
+        """The same for `async for`. The computing is done in a thread of the loop's executor."""
+        options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        rules = (stop, logit_bias, stop_token_ids, bad_words, allowed, regex)
+        choices = (*options, *rules, max_time, overflow, keep, num_beams)
+        answer = self.start(prompt, special, choices, unknown, True, logprobs)
+        return AsyncAnswer(answer)
 
     def complete(
         self,
@@ -2477,13 +2605,23 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        stop_token_ids: Optional[Iterable[SupportsIndex]] = None,
+        bad_words: Optional[Iterable[Prompt]] = None,
+        allowed: Optional[Allowed] = None,
+        regex: Optional[str] = None,
+        max_time: Optional[Number] = None,
+        overflow: Optional[Literal["stop", "error", "shift"]] = None,
+        keep: Optional[SupportsIndex] = None,
+        num_beams: Optional[SupportsIndex] = None,
         special: bool = False,
+        logprobs: Optional[SupportsIndex] = 0,
         **unknown: NoReturn,
     ) -> Result:
         """The answer with what is known of it. Without a tokenizer its text is None."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        answer = self.start(prompt, special, (*options, stop, logit_bias), unknown, logprobs=True)
-        return answer.result()
+        rules = (stop, logit_bias, stop_token_ids, bad_words, allowed, regex)
+        choices = (*options, *rules, max_time, overflow, keep, num_beams)
+        return self.start(prompt, special, choices, unknown, False, logprobs).result()
 
     def generate_ids(
         self,
@@ -2498,13 +2636,22 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        stop_token_ids: Optional[Iterable[SupportsIndex]] = None,
+        bad_words: Optional[Iterable[Prompt]] = None,
+        allowed: Optional[Allowed] = None,
+        regex: Optional[str] = None,
+        max_time: Optional[Number] = None,
+        overflow: Optional[Literal["stop", "error", "shift"]] = None,
+        keep: Optional[SupportsIndex] = None,
+        num_beams: Optional[SupportsIndex] = None,
         special: bool = False,
         **unknown: NoReturn,
     ) -> list[int]:
         """The token ids that follow `prompt`, those of a stop text included."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        answer = self.start(prompt, special, (*options, stop, logit_bias), unknown)
-        return list(answer.each_id())
+        rules = (stop, logit_bias, stop_token_ids, bad_words, allowed, regex)
+        choices = (*options, *rules, max_time, overflow, keep, num_beams)
+        return list(self.start(prompt, special, choices, unknown).each_id())
 
     def stream_ids(
         self,
@@ -2519,13 +2666,22 @@ class GenerateMethods:
         seed: Optional[SupportsIndex] = None,
         stop: Union[str, Sequence[str], None] = None,
         logit_bias: Optional[dict[int, float]] = None,
+        stop_token_ids: Optional[Iterable[SupportsIndex]] = None,
+        bad_words: Optional[Iterable[Prompt]] = None,
+        allowed: Optional[Allowed] = None,
+        regex: Optional[str] = None,
+        max_time: Optional[Number] = None,
+        overflow: Optional[Literal["stop", "error", "shift"]] = None,
+        keep: Optional[SupportsIndex] = None,
+        num_beams: Optional[SupportsIndex] = None,
         special: bool = False,
         **unknown: NoReturn,
     ) -> Iterator[int]:
         """The same ids one by one."""
         options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        answer = self.start(prompt, special, (*options, stop, logit_bias), unknown)
-        return answer.each_id()
+        rules = (stop, logit_bias, stop_token_ids, bad_words, allowed, regex)
+        choices = (*options, *rules, max_time, overflow, keep, num_beams)
+        return self.start(prompt, special, choices, unknown).each_id()
 
 
 Event = tuple[Optional[int], str]  # a new token, if there is one, and the text that it releases
@@ -2538,16 +2694,32 @@ class Answer:
     Any thread may `cancel` it.
     """
 
-    def __init__(self, session: Session, sampler: Sampler, own_session: bool, logprobs: bool):
+    def __init__(
+        self,
+        session: Session,
+        sampler: Sampler,
+        own_session: bool,
+        n_alternatives: Optional[int],
+    ):
+        options, config = sampler.options, session.model.config
         self.session = session
         self.sampler = sampler
         self.seed = sampler.seed
         self.ids: list[int] = []
         self.finish_reason: Optional[str] = None
-        self._logprobs: Optional[list[float]] = [] if logprobs else None
+        self.logprobs: Optional[list[float]] = None if n_alternatives is None else []
+        self.top_logprobs: list[list[tuple[int, float]]] = []
+        self._n_alternatives = n_alternatives or 0
         self._own_session = own_session
         self._is_cancelled = False
-        self._n_before = len(session)
+        self._error: Optional[TinyGPT2Error] = None
+        self._times = [time.monotonic()]  # when it was begun, and when its tokens were there
+        self._ends = dict.fromkeys(options.stop_token_ids, "stop")
+        self._ends.update(dict.fromkeys(config.eos_token_ids, "end"))
+        self._allowed = static_mask(options, config.vocab_size)
+        self._expression = None if options.regex is None else Expression(options.regex)
+        self._n_before = session.position
+        self._n_prompt = len(session)
         self._change = session._change
         self._tokenizer = session.model.tokenizer
         self._output = TextOutput(sampler.options.stop, session._last_bytes())
@@ -2598,7 +2770,14 @@ class Answer:
         self._is_broken = True
         while not self._events:
             advance(self.session.model, [self])
+            self._raise_error()
         self._is_broken = False
+
+    def _raise_error(self) -> None:
+        """Raise the error that ended this answer, if there is one."""
+        error = self._error
+        if error is not None:
+            raise error
 
     def cancel(self) -> None:
         """End the answer with the finish reason "cancelled", soon after this call.
@@ -2613,54 +2792,119 @@ class Answer:
 
     def result(self) -> Result:
         """Compute the answer to its end and return it whole."""
+        self._raise_error()
         while self.step():
             pass
         text = "".join(self._pieces) if self._tokenizer else None
         reason = self.finish_reason or ""
-        return Result(text, self.ids, reason, self.seed, self._logprobs)
+        alternatives = self.top_logprobs if self._n_alternatives else None
+        figures = self.timings()
+        return Result(text, self.ids, reason, self.seed, self.logprobs, alternatives, figures)
+
+    def timings(self) -> Timings:
+        begun, now = self._times[0], self._times[-1]
+        first = self._times[1] - begun if self.ids else None
+        return Timings(self._n_prompt, len(self.ids), first, now - begun)
 
     def _has_ended(self) -> bool:
         return self.finish_reason is not None
+
+    def is_done(self) -> bool:
+        """Whether it has ended, or an error has ended it."""
+        return self._has_ended() or self._error is not None
 
     def _check_unchanged(self) -> None:
         """Raise if the session is not as this answer left it, or if its last step did not end."""
         if self._is_broken:
             raise StateError("stream: an error or an interrupt ended it; start a new one")
         expected = self._n_before + len(self.ids)
-        if self.session._change != self._change or len(self.session) != expected:
+        if self.session._change != self._change or self.session.position != expected:
             raise StateError(CHANGED)
 
     def end_if_over(self) -> bool:
         """End the answer if no token may follow; whether it has ended."""
+        options = self.sampler.options
         if self._is_cancelled:
             self._end("cancelled")
-        elif len(self.ids) >= self.sampler.options.max_new_tokens:
+        elif len(self.ids) >= options.max_new_tokens:
             self._end("length")
+        elif time.monotonic() - self._times[0] >= options.max_time:
+            self._end("time")
         elif self.session._is_full():
+            self._overflow(options)
+        return self.is_done()
+
+    def _overflow(self, options: Options) -> None:
+        """The context is full: end, or make room."""
+        if options.overflow == "shift":
+            self.session._shift(options.keep)
+        elif options.overflow == "error":
+            positions = self.session.model.config.n_positions
+            found = f"all {positions} positions are used"
+            self._error = ContextError(f"context: {found}; shorten the text, or let it shift")
+        else:
             self._end("context")
-        return self._has_ended()
 
     def take(self, logits: Logits, row: int) -> None:
         """Choose the token after these logits; append it, or end the answer."""
         session = self.session
-        with naming_position(session.model, len(session) - 1):
-            token = logits.choose(row, self.sampler, len(session))
-        if token in session.model.config.eos_token_ids:
-            session._logits = logits.keep(row)
-            self._end("end")
+        try:
+            with naming_position(session.model, len(session) - 1):
+                token = self._choose(logits, row)
+        except TinyGPT2Error as error:
+            self._error = error
             return
-        if self._logprobs is not None:
-            self._logprobs.append(logits.logprob(row, token))
+        if token == NO_CHOICE or token in self._ends:
+            session._logits = logits.keep(row)
+            self._end(self._ends.get(token, "end"))
+            return
+        if self.logprobs is not None:
+            self.logprobs.append(logits.logprob(row, token))
+        if self._n_alternatives:
+            self.top_logprobs.append(logits.top(row, self._n_alternatives))
         session._push(token)
         self.sampler.seen.add(token)
         self.ids.append(token)
+        self._times.append(time.monotonic())
         self._events.append((token, self._show(token)))
+
+    def _choose(self, logits: Logits, row: int) -> int:
+        """The next token, or NO_CHOICE if the answer is complete and nothing can follow."""
+        sampler, session = self.sampler, self.session
+        sampler.allowed = allowed_mask(sampler.options, self._allowed, session)
+        if self._expression is None:
+            return logits.choose(row, sampler, session.position)
+        token = self._first_that_fits(self._expression, logits, row)
+        if token == NO_CHOICE and not self._expression.is_complete():
+            text = quote(self._expression.text)
+            advice = "a model can be led into a corner; take another seed or expression"
+            raise ConstraintError(f"option regex: nothing can follow {text} ({advice})", self.ids)
+        return token
+
+    def _first_that_fits(self, expression: Expression, logits: Logits, row: int) -> int:
+        """Of the tokens in the order of the choice, the first after which a match is possible."""
+        session, done = self.session, 0
+        for n in (16, 1024, session.model.config.vocab_size):
+            order = logits.order(row, self.sampler, session.position, n)
+            for token in order[done:]:
+                if self._fits(expression, token):
+                    return token
+            done = len(order)
+        return NO_CHOICE
+
+    def _fits(self, expression: Expression, token: int) -> bool:
+        if token in self._ends:
+            return expression.is_complete()
+        return expression.accepts(self.session.model.need_tokenizer().token_bytes(token))
 
     def _show(self, token: int) -> str:
         """The text that a new token releases. A stop text ends the answer."""
         if self._tokenizer is None:
             return ""
-        piece = self._output.push(self._tokenizer.token_bytes(token))
+        data = self._tokenizer.token_bytes(token)
+        if self._expression is not None:
+            self._expression.push(data)
+        piece = self._output.push(data)
         if self._output.stopped:
             self._set_reason("stop")
         self._pieces.append(piece)
@@ -2699,11 +2943,11 @@ def advance(model: Model, answers: Sequence[Answer]) -> None:
                 answer.take(*row)
 
 
-def each_result(answers: Iterator[Answer], batch_size: int) -> Iterator[tuple[int, Result]]:
+def run_all(answers: Iterator[Answer], batch_size: int) -> Iterator[tuple[int, Answer]]:
     """Compute answers of one model, `batch_size` at a time; the next begins when one ends.
 
-    Yields the number of an answer with its result, in the order in which they end. Every text has
-    the bits that it has alone.
+    Yields the answers with their numbers, in the order in which they end. Every text is what it is
+    alone, to the bit in C.
     """
     numbered = enumerate(answers)
     active: list[tuple[int, Answer]] = []
@@ -2712,10 +2956,34 @@ def each_result(answers: Iterator[Answer], batch_size: int) -> Iterator[tuple[in
         if not active:
             return
         advance(active[0][1].session.model, [answer for _, answer in active])
-        for number, answer in active:
-            if answer.finish_reason is not None:
-                yield number, answer.result()
-        active = [entry for entry in active if entry[1].finish_reason is None]
+        yield from [entry for entry in active if entry[1].is_done()]
+        active = [entry for entry in active if not entry[1].is_done()]
+
+
+def positive(name: str, value: object) -> int:
+    count = as_count(value)
+    if not count:
+        raise InputError(f"{name}: expected a whole number from 1, found {quote(value)}")
+    return count
+
+
+def batch_seeds(seed: Any, n: int) -> list[Any]:
+    """A seed for each of n prompts."""
+    if seed is None or as_index(seed) is not None:
+        return [seed] * n
+    seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else []
+    if len(seeds) != n:
+        found = quote(seed)
+        raise InputError(f"seed: expected one, or a list of {n} for {n} prompts, found {found}")
+    return seeds
+
+
+def derived_seeds(seed: Any, n: int) -> list[Any]:
+    """The seeds of n answers to one prompt. What is not a number is left to `check_options`."""
+    first = as_index(seed)
+    if first is None:
+        return [seed] * n
+    return [first, *(noise_key(first, -number) for number in range(1, n))]
 
 
 class AsyncAnswer:
@@ -2861,9 +3129,10 @@ class Session(GenerateMethods):
     """A text that grows, with the keys and values computed for it.
 
     A session belongs to one caller at a time; several sessions of one model are independent.
-    `copy.copy` and `fork` give a second future of the same text. `finish_reason` says why the last
-    answer ended: "length" (max_new_tokens), "end" (the model chose end-of-text), "stop" (a stop
-    text), "context" (every position is used) or "cancelled"; `seed` with which seed it was drawn.
+    `copy.copy` and `fork` give a second future of the same text. `seed` is the one that the last
+    answer was drawn with, and `finish_reason` says why it ended: "length" (max_new_tokens), "end"
+    (the model chose end-of-text), "stop" (a stop text or token), "context" (every position is
+    used), "time" (max_time) or "cancelled".
     """
 
     def __init__(self, model: Model, cache: Optional[Cache] = None) -> None:
@@ -2873,6 +3142,7 @@ class Session(GenerateMethods):
         self.closed = False
         self._tokens: list[int] = []
         self._cache: Optional[Cache] = cache or model.backend.new_cache()
+        self._dropped = 0  # tokens that a shift has taken from the beginning of the text
         self._snapshot: Optional[Snapshot] = None  # what the cache takes over when it is needed
         self._logits: Any = None  # a kept row: the logits after the last token, once known
         self._claims: list[Claim] = []  # see `Turn`
@@ -2899,6 +3169,11 @@ class Session(GenerateMethods):
 
     def __reduce__(self) -> NoReturn:
         raise stays_here("session", "pickle its `tokens` and its model, and feed a new session")
+
+    @property
+    def position(self) -> int:
+        """How many tokens the text has had; `len` is how many of them are still there."""
+        return len(self._tokens) + self._dropped
 
     @property
     def tokens(self) -> list[int]:
@@ -2954,6 +3229,7 @@ class Session(GenerateMethods):
                 self._logits = None
                 self._open_cache().truncate(kept)
                 self._tokens[kept:] = tokens[kept:]
+            self._dropped = 0
             if tokens:
                 with self.model.workspace() as workspace:
                     self._compute_all(workspace)
@@ -2974,7 +3250,7 @@ class Session(GenerateMethods):
             snapshot = self._snapshot
             fork = Session(self.model, None if snapshot else self._open_cache().fork())
             fork._snapshot = snapshot
-            fork._tokens = list(self._tokens)
+            fork._tokens, fork._dropped = list(self._tokens), self._dropped
             fork._logits = self._logits
             fork.finish_reason, fork.seed = self.finish_reason, self.seed
             return fork
@@ -2994,21 +3270,40 @@ class Session(GenerateMethods):
         return self, False
 
     def _begin(
-        self, tokens: list[int], values: dict[str, Any], as_text: bool, logprobs: bool, own: bool
+        self,
+        tokens: list[int],
+        values: dict[str, Any],
+        as_text: bool,
+        logprobs: Optional[SupportsIndex],
+        own: bool,
     ) -> Answer:
         config = self.model.config
-        options = check_options(values, config)
-        if as_text or options.stop:
+        words = self.model.words_of(values.get("bad_words"))
+        options = check_options({**values, "bad_words": words}, config)
+        n_alternatives = None if logprobs is None else as_count(logprobs)
+        if logprobs is not None and n_alternatives is None:
+            expected = "None or a whole number from 0"
+            raise InputError(f"logprobs: expected {expected}, found {quote(logprobs)}")
+        if options.overflow == "shift" and options.keep >= config.n_positions:
+            expected = f"below {config.n_positions}, the positions of the model"
+            raise InputError(f"option keep: expected {expected}, found {options.keep}")
+        if as_text or options.stop or options.regex is not None:
             self.model.need_tokenizer()
         with Turn(self):
             if not tokens and not self._tokens:
                 tokens = self.model.need_start_tokens()
             options = within_max_length(options, values, config, len(self) + len(tokens))
-            self._append(tokens)
-            sampler = Sampler(options, self._tokens)
-            self._change += 1  # a stream that is open elsewhere ends here
-            self.seed, self.finish_reason = sampler.seed, None
-            return Answer(self, sampler, own, logprobs)
+            return self._begun(tokens, options, own, n_alternatives)
+
+    def _begun(
+        self, tokens: list[int], options: Options, own: bool, n_alternatives: Optional[int]
+    ) -> Answer:
+        """Append a prompt, and begin the answer to it."""
+        self._append(tokens)
+        sampler = Sampler(options, self._tokens)
+        self._change += 1  # a stream that is open elsewhere ends here
+        self.seed, self.finish_reason = sampler.seed, None
+        return Answer(self, sampler, own, n_alternatives)
 
     def _last_bytes(self) -> bytes:
         """The end of the text, long enough for an incomplete character."""
@@ -3038,6 +3333,14 @@ class Session(GenerateMethods):
         """Whether no token can follow. The last position predicts one more token, so this is one
         more than there are positions."""
         return len(self._tokens) > self.model.config.n_positions
+
+    def _shift(self, keep: int) -> None:
+        """Make room: forget the older half of what follows the first `keep` tokens."""
+        n_dropped = (len(self._tokens) - keep + 1) // 2
+        self._logits = None
+        self._open_cache().truncate(keep)
+        del self._tokens[keep : keep + n_dropped]
+        self._dropped += n_dropped
 
     def _open_cache(self) -> Cache:
         cache = self._cache
@@ -3103,6 +3406,7 @@ class SavedState(NamedTuple):
     cached: int  # tokens whose keys and values are there
     n_tokens: int
     has_logits: bool
+    dropped: int  # tokens that shifts have taken from the beginning
     finish_reason: Optional[str]
     seed: Optional[int]
     sums: str  # of keys and values; see TG_SUM_WORDS in kernels.c
@@ -3124,7 +3428,7 @@ def save_session(session: Session, path: str) -> None:
     logits = b"" if row is None else bytes(memoryview(row).cast("B"))
     logits = logits.ljust(round_up(len(logits), ALIGNMENT), b"\0")
     words = struct.pack(f"<{len(tokens)}i", *tokens)
-    outcome = session.finish_reason, session.seed
+    outcome = session._dropped, session.finish_reason, session.seed
     sums, crc = cache_sums(cache, keys, values), f"{zlib.crc32(logits + words):08x}"
     state = SavedState(cache.length, len(tokens), row is not None, *outcome, sums, crc)
     metadata = {
@@ -3180,10 +3484,10 @@ class Snapshot:
         if set(values) != set(SavedState._fields):
             self.refuse(field, "the names of a session", sorted(values))
         state = SavedState(**values)
-        counts = is_count(state.cached) and is_count(state.n_tokens)
+        counts = all(map(is_count, (state.cached, state.n_tokens, state.dropped)))
         if not counts or not state.cached <= state.n_tokens <= config.n_positions + 1:
-            expected = f"cached <= n_tokens <= {config.n_positions + 1}"
-            self.refuse(field, expected, (state.cached, state.n_tokens))
+            expected = f"cached <= n_tokens <= {config.n_positions + 1}, and a count dropped"
+            self.refuse(field, expected, (state.cached, state.n_tokens, state.dropped))
         reason, seed = state.finish_reason, state.seed
         is_known = reason is None or isinstance(reason, str)
         if not is_known or not (seed is None or isinstance(seed, int)):
@@ -3365,6 +3669,18 @@ class Model(GenerateMethods):
             )
         return token
 
+    def words_of(self, words: Any) -> Any:
+        """Bad words as sequences of tokens: a text as it stands, and after a space."""
+        if words is None or not isinstance(words, (str, list, tuple, set, frozenset)):
+            return words
+        sequences: list[Any] = []
+        for word in (words,) if isinstance(words, str) else words:
+            if isinstance(word, str):
+                sequences += [self.encode(t, False, False) for t in (word, " " + word) if word]
+            else:
+                sequences.append(word)
+        return sequences
+
     def session(self) -> Session:
         """A new, empty session."""
         return Session(self)
@@ -3375,11 +3691,61 @@ class Model(GenerateMethods):
         session = Session(self)
         session._snapshot = snapshot
         session._tokens, session._logits = snapshot.tokens, snapshot.row
+        session._dropped = snapshot.state.dropped
         session.finish_reason, session.seed = snapshot.state.finish_reason, snapshot.state.seed
         return session
 
     def answering(self) -> tuple[Session, bool]:
         return self.session(), True
+
+    def generate_batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        max_new_tokens: Optional[SupportsIndex] = None,
+        temperature: Optional[Number] = None,
+        top_k: Optional[SupportsIndex] = None,
+        top_p: Optional[Number] = None,
+        min_p: Optional[Number] = None,
+        repetition_penalty: Optional[Number] = None,
+        seed: Union[SupportsIndex, Sequence[SupportsIndex], None] = None,
+        stop: Union[str, Sequence[str], None] = None,
+        logit_bias: Optional[dict[int, float]] = None,
+        stop_token_ids: Optional[Iterable[SupportsIndex]] = None,
+        bad_words: Optional[Iterable[Prompt]] = None,
+        allowed: Optional[Allowed] = None,
+        regex: Optional[str] = None,
+        max_time: Optional[Number] = None,
+        overflow: Optional[Literal["stop", "error", "shift"]] = None,
+        keep: Optional[SupportsIndex] = None,
+        num_beams: Optional[SupportsIndex] = None,
+        special: bool = False,
+        logprobs: Optional[SupportsIndex] = 0,
+        batch_size: SupportsIndex = 8,
+        num_return_sequences: SupportsIndex = 1,
+        **unknown: NoReturn,
+    ) -> list[Result]:
+        """The answers to several prompts, in their order; each is what it is alone.
+
+        At most `batch_size` texts are computed at a time, which share each reading of the weights.
+        `seed` may be a list with one seed for each prompt. `num_return_sequences` answers to each
+        prompt stand side by side; the first has the seed itself, the others seeds derived from it.
+        """
+        options = (max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, None)
+        rules = (stop, logit_bias, stop_token_ids, bad_words, allowed, regex)
+        choices = (*options, *rules, max_time, overflow, keep, num_beams)
+        values = {**dict(zip(Options._fields, choices)), **unknown}
+        size = positive("batch_size", batch_size)
+        n = positive("num_return_sequences", num_return_sequences)
+        texts = list(prompts)
+        seeds = batch_seeds(seed, len(texts))
+        answers = (
+            self.begin(text, special, {**values, "seed": derived}, False, logprobs)
+            for text, first in zip(texts, seeds)
+            for derived in derived_seeds(first, n)
+        )
+        done = dict(run_all(answers, size))
+        return [done[number].result() for number in range(len(done))]
 
     def logits(self, prompt: Prompt, special: bool = False) -> FloatArray:
         """The logits after every token of a prompt, float32 [number of tokens, vocab_size]."""
@@ -4221,9 +4587,11 @@ def toy_config() -> Config:
         eos_token_ids=(N_BYTES,),
         n_merges=0,
         n_token_bytes=N_BYTES,
-        special_tokens={},
+        added_tokens=(),
+        tokens_before=(),
+        tokens_after=(),
         add_prefix_space=False,
-        pre_tokenizer=PRE_TOKENIZER,
+        pre_tokenizer="gpt2",
         generation={},
     )
 
