@@ -2303,7 +2303,7 @@ REGEX_TIMEOUT = 1.0  # seconds for one token
 PATTERN_PARTS = re.compile(
     r"""\\(?P<escape>.)
     | \[\^?\]?(?:\\.|[^\]\\])*\]
-    | (?P<group>\((?:\*|\?(?!P?<[A-Za-z_]|P=|[aifLmsuwxV01-]*[:)])).{0,2})
+    | (?P<group>\((?:\*|\?(?!P?<[A-Za-z_]|P=|(?:[aifLmsuwx-]|V[01])*[:)])).{0,2})
     | (?P<fuzzy>\{(?=[^}]*[eids])[eids0-9<=+,\ ]+(?::[^}]*)?\})
     | (?P<possessive>(?:[*+?]|\{[0-9,]*\})\+)""",
     re.VERBOSE | re.DOTALL,
@@ -2311,7 +2311,7 @@ PATTERN_PARTS = re.compile(
 # Partial matching says "maybe" for ever after some of these, although no text can follow.
 UNSUPPORTED = {
     "escape": "a word boundary, \\G, \\K or \\X",
-    "group": "look-around, an atomic group, a condition, recursion, a verb or a flag of those: berp",
+    "group": "look-around, an atomic group, a condition, recursion, a verb or a flag of: berp",
     "fuzzy": "a fuzzy match",
     "possessive": "a possessive quantifier",
 }
@@ -2335,9 +2335,8 @@ class Expression:
             self.pattern = regex.compile(pattern)
         except regex.error as error:
             raise InputError(f"option regex: {error}, in {quote(pattern)}") from None
-        # Nothing but ASCII can match if the pattern has no dot, negated set, class or flag.
-        plain = re.sub(r"\\[^\w]", "", pattern)
-        self.is_ascii = pattern.isascii() and not re.search(r"\.|\[\^|\\|\(\?[a-zA-Z]", plain)
+        self.kinds = character_kinds(regex, pattern)
+        self.candidates: dict[bytes, str] = {}  # by the first bytes of a character
         self.text = ""  # the answer so far
         self.unfinished = b""  # the first bytes of a character
 
@@ -2363,10 +2362,12 @@ class Expression:
             return False
         if not rest:
             return self.match(self.text + added, True)
-        if self.is_ascii:
-            return False
         text = self.text + added
-        return any(self.match(text + last, True) for last in characters_from(rest))
+        if rest not in self.candidates:
+            self.candidates[rest] = representatives(self.kinds, characters_from(rest))
+        # What stood in the answer before can be asked for again, by a reference to a group.
+        known = "".join(c for c in set(self.text) if c.encode().startswith(rest))
+        return any(self.match(text + last, True) for last in self.candidates[rest] + known)
 
     def push(self, data: bytes) -> None:
         added, self.unfinished = split_utf8(self.unfinished + data)
@@ -2393,14 +2394,45 @@ def split_utf8(data: bytes) -> tuple[Optional[str], bytes]:
     return text, decoder.getstate()[0]
 
 
-def characters_from(start: bytes) -> Iterator[str]:
-    """All characters whose UTF-8 begins with these bytes."""
+def characters_from(start: bytes) -> str:
+    """All characters whose UTF-8 begins with these bytes, of which at least one is missing."""
     length = 2 if start[0] < 0xE0 else 3 if start[0] < 0xF0 else 4
-    missing = length - len(start)
-    for number in range(64**missing):
-        rest = bytes(0x80 | number >> 6 * i & 0x3F for i in reversed(range(missing)))
-        with contextlib.suppress(UnicodeDecodeError):
-            yield (start + rest).decode("utf-8")
+    prefix = start[0] & 0xFF >> length + 1
+    for byte in start[1:]:
+        prefix = prefix << 6 | byte & 0x3F
+    shift = 6 * (length - len(start))
+    lowest = {2: 0x80, 3: 0x800, 4: 0x10000}[length]
+    codes = range(max(prefix << shift, lowest), min((prefix + 1) << shift, 0x110000))
+    return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+
+
+# What matches a single character in a pattern: an escape, a set, a dot, a literal beyond ASCII.
+ONE_CHARACTER = re.compile(
+    r"\\(?:[pPN]\{[^}]*\}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+    r"|\[\^?\]?(?:\\.|[^\]\\])*\]|\.|[^\x00-\x7f]",
+    re.DOTALL,
+)
+
+
+def character_kinds(regex: Any, pattern: str) -> Optional[list[Any]]:
+    """Patterns of every kind of character in a pattern; None if they cannot be told apart."""
+    kinds: list[Any] = [regex.compile("(?i)[ks]")]  # these letters match others beyond ASCII
+    for kind in set(ONE_CHARACTER.findall(pattern)):
+        for flags in ("(?s)", "(?i)"):
+            try:
+                kinds.append(regex.compile(flags + kind))
+            except regex.error:
+                if not re.fullmatch(r"\\[0-9AZgk]", kind):  # positions, and references to groups
+                    return None
+    return None if "(?V1" in pattern or "[[" in pattern else kinds
+
+
+def representatives(kinds: Optional[list[Any]], characters: str) -> str:
+    """One of the characters of each kind: if none of these fits at a place, then none does."""
+    if kinds is None:
+        return characters
+    found = (kind.search(characters) for kind in kinds)
+    return "".join({match[0] for match in found if match and match[0]})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3676,7 +3708,8 @@ class Model(GenerateMethods):
         sequences: list[Any] = []
         for word in (words,) if isinstance(words, str) else words:
             if isinstance(word, str):
-                sequences += [self.encode(t, False, False) for t in (word, " " + word) if word]
+                forms = (word, " " + word) if word else ("",)  # an empty one is refused below
+                sequences += [self.encode(form, False, False) for form in forms]
             else:
                 sequences.append(word)
         return sequences
