@@ -3579,6 +3579,7 @@ class Model(GenerateMethods):
             self.file.close()
             raise
         self.closed = False
+        self._toy_seed: Optional[int] = None  # of a model that has no file
         self._workspaces: list[Any] = []  # those that no pass uses now
 
     def __repr__(self) -> str:
@@ -3602,7 +3603,11 @@ class Model(GenerateMethods):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle stores where the file is and what it is, not what it holds."""
-        return open_again, (*self._given, self.fingerprint)
+        path, backend, threads = self._given
+        fingerprint = self.fingerprint
+        if self._toy_seed is not None:
+            return toy_again, (self._toy_seed, backend, threads)
+        return open_again, (path, backend, threads, fingerprint)
 
     def __copy__(self) -> Model:
         """The same model, as it never changes; also for `copy.deepcopy`."""
@@ -4599,8 +4604,14 @@ def toy(
     number = as_index(seed)
     if number is None:
         raise InputError(f"seed: expected a whole number, found {quote(seed)}")
-    name = f"toy({number})"
-    return Model(TensorFile(name, toy_file(number)), backend, threads)
+    model = Model(TensorFile(f"toy({number})", toy_file(number)), backend, threads)
+    model._toy_seed = number
+    return model
+
+
+def toy_again(seed: int, backend: Optional[Literal["c", "numpy"]], threads: Optional[int]) -> Model:
+    """A toy that was pickled."""
+    return toy(seed, backend=backend, threads=threads)
 
 
 def toy_config() -> Config:
@@ -5056,7 +5067,7 @@ def run_generate(options: Arguments) -> None:
 def print_answer(model: Model, prompt: Prompt, choices: dict[str, Any], options: Arguments) -> None:
     """Print the answer as it comes, or as JSON at its end; then notes on standard error."""
     as_text = options.ids is None or options.text
-    answer = model.begin(prompt, options.special, choices, as_text, False)
+    answer = model.begin(prompt, options.special, choices, as_text, None)
     n_prompt = len(answer.session)
     times = [time.perf_counter()]
     pieces: list[str] = []
@@ -5126,7 +5137,7 @@ def interact(model: Model, choices: dict[str, Any], special: bool, errors: str) 
             if prompt:
                 session.close()
                 session = model.session()
-            for piece in session.begin(prompt, special, choices, True, False):
+            for piece in session.begin(prompt, special, choices, True, None):
                 print(piece, end="", flush=True)
             print()
             if session.finish_reason == "context":

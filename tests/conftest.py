@@ -126,6 +126,11 @@ def in_threads(work: Iterable[Callable[[], object]]) -> None:
         assert not thread.is_alive()
 
 
+def untimed(result: Any) -> Any:
+    """A result, or several, without what they took, which differs from run to run."""
+    return [untimed(r) for r in result] if type(result) is list else result._replace(timings=None)
+
+
 def largest(array: np.ndarray) -> float:
     """The largest magnitude."""
     return float(np.abs(array).max())

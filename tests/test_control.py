@@ -209,9 +209,10 @@ def test_allowed_tokens(model: Model) -> None:
     assert len(ids) == 30
     everything = model.generate_ids("a", allowed=range(257), seed=1, max_new_tokens=30)
     assert everything == model.generate_ids("a", seed=1, max_new_tokens=30)
-    for wrong in (5, "ab", [257], [-1], [1.0], object()):
+    wrong: list[Any] = [5, "ab", [257], [-1], [1.0], object()]
+    for value in wrong:
         with pytest.raises(InputError, match="option allowed: expected tokens"):
-            model.generate("a", allowed=wrong)  # type: ignore[arg-type]
+            model.generate("a", allowed=value)
     with pytest.raises(InputError, match="every token"):
         model.generate("a", allowed=[])
 
@@ -247,9 +248,10 @@ def test_bad_words_are_never_completed(model: Model) -> None:
         assert word not in text
     ids = [[*b"xy"], [*b"z"]]
     assert "z" not in model.generate("a", seed=4, max_new_tokens=100, bad_words=ids)
-    for wrong in (5, [5], [[]], [""], [[300]], {"a": 1}):
+    wrong: list[Any] = [5, [5], [[]], [""], [[300]], {"a": 1}]
+    for value in wrong:
         with pytest.raises(InputError, match="option bad_words: expected texts"):
-            model.generate("a", bad_words=wrong)  # type: ignore[arg-type]
+            model.generate("a", bad_words=value)
 
 
 def test_bad_words_like_transformers(toy: Model) -> None:
@@ -364,7 +366,8 @@ def test_a_shift_drops_the_oldest_half_behind_the_beginning(model: Model, keep: 
     session = model.session()
     found = session.generate_ids("ab", overflow="shift", keep=keep, **LONG)
     assert len(found) == 3 * ROOM
-    text, ids, dropped = [*b"ab"], [], 0
+    text, dropped = [*b"ab"], 0
+    ids: list[int] = []
     with model.workspace() as workspace:
         while len(ids) < 3 * ROOM:
             if len(text) > ROOM:

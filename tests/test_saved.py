@@ -174,15 +174,18 @@ def test_files_of_other_kinds(model: Model, toy_path: Path, tmp_path: Path) -> N
         tinygpt2.load(tmp_path / "a.session")
 
 
-HOSTILE: list[tuple[str, Any]] = [
-    *(("cached", value) for value in (-1, 4, 1.0, "3", None, True, 1 << 70)),
-    *(("n_tokens", value) for value in (-1, 2, ROOM + 2, 1 << 62, None)),
-    *(("has_logits", value) for value in (False, 0, "x", None)),
-    *(("finish_reason", value) for value in (1, [], {})),
-    *(("seed", value) for value in ("1", 1.5, [])),
-    *((name, value) for name in ("sums", "crc32") for value in (None, 7, "", "\ud800")),
-    ("more", 1),
-]
+BAD_STATES: dict[str, list[object]] = {
+    "cached": [-1, 4, 1.0, "3", None, True, 1 << 70],
+    "n_tokens": [-1, 2, ROOM + 2, 1 << 62, None],
+    "has_logits": [False, 0, "x", None],
+    "dropped": [-1, 1.5, None],
+    "finish_reason": [1, [], {}],
+    "seed": ["1", 1.5, []],
+    "sums": [None, 7, "", "\ud800"],
+    "crc32": [None, 7, "", "\ud800"],
+    "more": [1],
+}
+HOSTILE = [(name, value) for name, values in BAD_STATES.items() for value in values]
 
 
 @pytest.mark.parametrize(("name", "value"), HOSTILE, ids=ascii)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +83,11 @@ def test_seeds_give_different_models() -> None:
 def test_wrong_seed(seed: object) -> None:
     with pytest.raises(tinygpt2.InputError, match="seed: expected a whole number, found"):
         tinygpt2.toy(seed)  # type: ignore[arg-type]
+
+
+def test_a_toy_travels_as_its_seed() -> None:
+    with tinygpt2.toy(5, threads=1) as model:
+        again = pickle.loads(pickle.dumps(model))
+        assert again.fingerprint == model.fingerprint
+        assert again.generate("a", seed=1) == model.generate("a", seed=1)
+        assert copy.copy(model) is model
