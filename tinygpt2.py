@@ -2746,6 +2746,7 @@ class Answer:
         self._is_cancelled = False
         self._error: Optional[TinyGPT2Error] = None
         self._times = [time.monotonic()]  # when it was begun, and when its tokens were there
+        self.beams: list[Beam] = []  # of a beam search: those that finished, the best first
         self._ends = dict.fromkeys(options.stop_token_ids, "stop")
         self._ends.update(dict.fromkeys(config.eos_token_ids, "end"))
         self._allowed = static_mask(options, config.vocab_size)
@@ -2833,6 +2834,21 @@ class Answer:
         figures = self.timings()
         return Result(text, self.ids, reason, self.seed, self.logprobs, alternatives, figures)
 
+    def results(self, n: int) -> list[Result]:
+        """The n best beams of a search, fewer if fewer have finished."""
+        best = self.result()
+        decode = self._tokenizer.decode if self._tokenizer else None
+        others = [
+            best._replace(
+                text=decode(beam.ids) if decode else None,
+                ids=beam.ids,
+                logprobs=None if best.logprobs is None else beam.logprobs,
+                finish_reason=beam.finish_reason,
+            )
+            for beam in self.beams[1:n]
+        ]
+        return [best, *others]
+
     def timings(self) -> Timings:
         begun, now = self._times[0], self._times[-1]
         first = self._times[1] - begun if self.ids else None
@@ -2858,6 +2874,8 @@ class Answer:
         options = self.sampler.options
         if self._is_cancelled:
             self._end("cancelled")
+        elif options.num_beams > 1:
+            self._take_beams()
         elif len(self.ids) >= options.max_new_tokens:
             self._end("length")
         elif time.monotonic() - self._times[0] >= options.max_time:
@@ -2865,6 +2883,29 @@ class Answer:
         elif self.session._is_full():
             self._overflow(options)
         return self.is_done()
+
+    def _take_beams(self) -> None:
+        """The best beam of a search is the answer."""
+        with contextlib.suppress(CancelError):
+            self.beams = beam_search(self)
+        if not self.beams:  # no token was asked for, or the search was cancelled
+            self._end("cancelled" if self._is_cancelled else "length")
+            return
+        best = self.beams[0]
+        for token, logprob in zip(best.ids, best.logprobs):
+            if self.logprobs is not None:
+                self.logprobs.append(logprob)
+            self._append(token)
+        if not self._has_ended():
+            self._end(best.finish_reason)
+
+    def _append(self, token: int) -> None:
+        """Take over a token that was chosen."""
+        self.session._push(token)
+        self.sampler.seen.add(token)
+        self.ids.append(token)
+        self._times.append(time.monotonic())
+        self._events.append((token, self._show(token)))
 
     def _overflow(self, options: Options) -> None:
         """The context is full: end, or make room."""
@@ -2894,11 +2935,7 @@ class Answer:
             self.logprobs.append(logits.logprob(row, token))
         if self._n_alternatives:
             self.top_logprobs.append(logits.top(row, self._n_alternatives))
-        session._push(token)
-        self.sampler.seen.add(token)
-        self.ids.append(token)
-        self._times.append(time.monotonic())
-        self._events.append((token, self._show(token)))
+        self._append(token)
 
     def _choose(self, logits: Logits, row: int) -> int:
         """The next token, or NO_CHOICE if the answer is complete and nothing can follow."""
@@ -2973,6 +3010,87 @@ def advance(model: Model, answers: Sequence[Answer]) -> None:
         for answer, row in zip(active, rows):
             if row is not None and answer.goes_on():
                 answer.take(*row)
+
+
+class Beam(NamedTuple):
+    """One of the texts that a beam search follows. `score`: of all logprobs, or their mean when it
+    has finished."""
+
+    score: float
+    ids: list[int]
+    logprobs: list[float]
+    session: Any  # of a running one: its text without the last of `ids`; None when it has finished
+    finish_reason: str = ""
+
+
+def beam_options(values: dict[str, Any], options: Options) -> Options:
+    """Refuse what a beam search does not do. It is not random, so its temperature is 0."""
+    if values.get("temperature"):
+        raise InputError("option num_beams: beams are not drawn; leave temperature out")
+    for name in ("repetition_penalty", "stop", "logit_bias", "bad_words", "allowed", "regex"):
+        if values.get(name) and getattr(options, name) != getattr(Options(), name):
+            raise InputError(f"option num_beams: beams have no {name}; leave one of the two out")
+    return options._replace(temperature=0.0)
+
+
+def beam_search(answer: Answer) -> list[Beam]:
+    """The best continuations by the mean log-probability of their tokens, the best first.
+
+    As transformers does it, with a length penalty of 1 and without early stopping: the search ends
+    when `num_beams` texts have finished and the best running one is behind all of them.
+    """
+    session, options = answer.session, answer.sampler.options
+    n_beams = options.num_beams
+    room = session.model.config.n_positions + 1 - len(session)
+    limit = min(options.max_new_tokens, room)
+    running = [Beam(0.0, [], [], session._fork())] if limit > 0 else []
+    finished: list[Beam] = []
+    while running:
+        n_new = len(running[0].ids) + 1
+        best = best_continuations(answer, running, max(2, 1 + len(answer._ends)) * n_beams)
+        over = [answer._ends.get(beam.ids[-1], "length" * (n_new == limit)) for beam in best]
+        for beam, reason in list(zip(best, over))[:n_beams]:
+            if reason:
+                n_kept = n_new if reason == "length" else n_new - 1  # end tokens are left out
+                ids, logprobs = beam.ids[:n_kept], beam.logprobs[:n_kept]
+                finished.append(Beam(beam.score / n_new, ids, logprobs, None, reason))
+        finished = sorted(finished, key=lambda beam: -beam.score)[:n_beams]
+        running = next_beams([beam for beam, reason in zip(best, over) if not reason][:n_beams])
+        is_full = len(finished) == n_beams
+        if running and is_full and running[0].score / n_new <= finished[-1].score:
+            break
+    return finished
+
+
+def best_continuations(answer: Answer, beams: Sequence[Beam], n: int) -> list[Beam]:
+    """The n best of all beams with one more token. Their sessions are still those of the beams."""
+    model = answer.session.model
+    n_best = min(n, model.config.vocab_size)
+    candidates: list[Beam] = []
+    waiting = list(beams)
+    with model.workspace() as workspace:
+        while waiting:
+            sessions = [beam.session for beam in waiting]
+            rows = compute(model.backend, workspace, sessions, answer.goes_on)
+            for beam, row in zip(waiting, rows):
+                for token, logprob in row[0].top(row[1], n_best) if row is not None else ():
+                    ids, logprobs = [*beam.ids, token], [*beam.logprobs, logprob]
+                    candidates.append(Beam(beam.score + logprob, ids, logprobs, beam.session))
+            waiting = [beam for beam, row in zip(waiting, rows) if row is None]
+    return sorted(candidates, key=lambda beam: -beam.score)[:n]
+
+
+def next_beams(beams: Sequence[Beam]) -> list[Beam]:
+    """Beams with sessions of their own, to which their last tokens are appended. The last one that
+    comes from a session takes it over."""
+    sessions: list[Session] = []
+    for number, beam in enumerate(beams):
+        parent = beam.session
+        is_last = all(other.session is not parent for other in beams[number + 1 :])
+        sessions.append(parent if is_last else parent._fork())
+    for session, beam in zip(sessions, beams):
+        session._push(beam.ids[-1])
+    return [beam._replace(session=session) for session, beam in zip(sessions, beams)]
 
 
 def run_all(answers: Iterator[Answer], batch_size: int) -> Iterator[tuple[int, Answer]]:
@@ -3279,13 +3397,17 @@ class Session(GenerateMethods):
     def fork(self) -> Session:
         """A new session with the same text, at the cost of copying the used part of the cache."""
         with Turn(self):
-            snapshot = self._snapshot
-            fork = Session(self.model, None if snapshot else self._open_cache().fork())
-            fork._snapshot = snapshot
-            fork._tokens, fork._dropped = list(self._tokens), self._dropped
-            fork._logits = self._logits
-            fork.finish_reason, fork.seed = self.finish_reason, self.seed
-            return fork
+            return self._fork()
+
+    def _fork(self) -> Session:
+        """The same for a caller who has the turn."""
+        snapshot = self._snapshot
+        fork = Session(self.model, None if snapshot else self._open_cache().fork())
+        fork._snapshot = snapshot
+        fork._tokens, fork._dropped = list(self._tokens), self._dropped
+        fork._logits = self._logits
+        fork.finish_reason, fork.seed = self.finish_reason, self.seed
+        return fork
 
     def close(self) -> None:
         """Free the cache. What computes fails from here on; closing again is allowed."""
@@ -3319,6 +3441,8 @@ class Session(GenerateMethods):
         if options.overflow == "shift" and options.keep >= config.n_positions:
             expected = f"below {config.n_positions}, the positions of the model"
             raise InputError(f"option keep: expected {expected}, found {options.keep}")
+        if options.num_beams > 1:
+            options = beam_options(values, options)
         if as_text or options.stop or options.regex is not None:
             self.model.need_tokenizer()
         with Turn(self):
@@ -3777,13 +3901,19 @@ class Model(GenerateMethods):
         n = positive("num_return_sequences", num_return_sequences)
         texts = list(prompts)
         seeds = batch_seeds(seed, len(texts))
+        several = as_count(num_beams) or 1
+        if several > 1 and n > several:
+            raise InputError(f"num_return_sequences: expected at most num_beams, found {n}")
         answers = (
             self.begin(text, special, {**values, "seed": derived}, False, logprobs)
             for text, first in zip(texts, seeds)
-            for derived in derived_seeds(first, n)
+            for derived in derived_seeds(first, n if several == 1 else 1)
         )
         done = dict(run_all(answers, size))
-        return [done[number].result() for number in range(len(done))]
+        ordered = [done[number] for number in range(len(done))]
+        if several > 1:
+            return [result for answer in ordered for result in answer.results(n)]
+        return [answer.result() for answer in ordered]
 
     def logits(self, prompt: Prompt, special: bool = False) -> FloatArray:
         """The logits after every token of a prompt, float32 [number of tokens, vocab_size]."""

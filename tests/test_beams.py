@@ -1,0 +1,114 @@
+"""Beam search, as transformers does it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TOY, write_checkpoint
+
+import tinygpt2
+from tinygpt2 import InputError, Model
+
+BACKENDS = ["numpy"] if tinygpt2.library_path() is None else ["c", "numpy"]
+# Published by onnxruntime-genai for its test model, with 4 beams.
+PUBLISHED = [
+    ([0, 0, 0, 0, 0, 52, 195, 731, 321, 301, 734, 620], [131, 131, 131, 181, 638, 638, 638, 638]),
+    ([41, 554, 74, 622, 206, 222, 75, 223, 221, 198, 224, 572], [292] * 8),
+    ([0, 0, 0, 52, 328, 219, 328, 206, 288, 227, 896, 328], [328, *[669] * 7]),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_published_beams(data: Path, tmp_path: Path, backend: Any) -> None:
+    tinygpt2.convert(data / "checkpoints" / "ort-genai-tiny-random", tmp_path / "m.tg2")
+    with tinygpt2.load(tmp_path / "m.tg2", backend=backend) as model:
+        prompts = [prompt for prompt, _ in PUBLISHED]
+        answers = [answer for _, answer in PUBLISHED]
+        alone = [model.generate_ids(p, num_beams=4, max_new_tokens=8) for p in prompts]
+        assert alone == answers
+        results = model.generate_batch(prompts, num_beams=4, max_new_tokens=8)
+        assert [result.ids for result in results] == answers
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Any]:
+    """A model here and in transformers, whose end-of-text is likely."""
+    lib = pytest.importorskip("transformers", reason="needs the reference implementation")
+    pytest.importorskip("torch", reason="needs the reference implementation")
+    folder = tmp_path_factory.mktemp("beams")
+    write_checkpoint(folder / "m", {**TOY, "vocab_size": 24, "eos_token_id": 7, "bos_token_id": 7},
+                     tokenizer=False)  # fmt: skip
+    tinygpt2.convert(folder / "m", folder / "m.tg2")
+    return tinygpt2.load(folder / "m.tg2"), lib.GPT2LMHeadModel.from_pretrained(folder / "m").eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_beams", [2, 3, 5])
+def test_beams_of_transformers(pair: tuple[Model, Any], num_beams: int) -> None:
+    import torch
+
+    model, theirs = pair
+    ended = 0
+    for seed in range(12):
+        prompt = [(7 * seed + i) % 24 for i in range(1 + seed % 5)]
+        for count in (1, 4, 12):
+            with torch.no_grad():
+                expected = theirs.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt)),
+                    num_beams=num_beams,
+                    do_sample=False,
+                    max_new_tokens=count,
+                    num_return_sequences=num_beams,
+                    pad_token_id=23,
+                    use_cache=True,
+                )
+            found = model.generate_batch(
+                [prompt], num_beams=num_beams, num_return_sequences=num_beams, max_new_tokens=count
+            )
+            for row, result in zip(expected.tolist(), found):
+                new = row[len(prompt) :]
+                ids = new[: new.index(7)] if 7 in new else new
+                ended += 7 in new
+                assert result.ids == ids[: len(result.ids)]
+                assert set(ids[len(result.ids) :]) <= {23}  # padding
+    assert ended > 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_beam_is_an_answer_like_others(backend: Any) -> None:
+    with tinygpt2.toy(2, backend=backend) as model, model.session() as session:
+        session.feed("ab")
+        result = session.complete(num_beams=3, max_new_tokens=12)
+        assert len(result.ids) == 12
+        assert session.tokens == [*b"ab", *result.ids]
+        assert result.text == model.decode(result.ids)
+        rows = model.logits(session.tokens)
+        assert result.logprobs is not None
+        assert len(result.logprobs) == 12
+        assert session.logits.tolist() == pytest.approx(rows[-1].tolist(), abs=1e-4)
+        pieces = list(model.stream("ab", num_beams=3, max_new_tokens=12))
+        assert "".join(pieces) == result.text
+        greedy = model.complete("ab", temperature=0, max_new_tokens=12)
+        assert greedy.logprobs is not None
+        assert sum(result.logprobs) >= sum(greedy.logprobs) - 1e-6
+        assert model.generate("ab", num_beams=3, max_new_tokens=0) == ""
+
+
+def test_what_beams_refuse() -> None:
+    with tinygpt2.toy() as model:
+        for options in (
+            {"temperature": 0.5},
+            {"regex": "a"},
+            {"stop": "a"},
+            {"bad_words": ["a"]},
+            {"allowed": [5]},
+            {"logit_bias": {1: 1}},
+            {"repetition_penalty": 2},
+        ):
+            with pytest.raises(InputError, match="option num_beams"):
+                model.generate("a", num_beams=2, **options)
+        with pytest.raises(InputError, match="num_return_sequences: expected at most num_beams"):
+            model.generate_batch(["a"], num_beams=2, num_return_sequences=3)
