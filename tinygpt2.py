@@ -4966,6 +4966,7 @@ def build_parser() -> Parser:
     add_prompt_options(parser)
     add_choice_options(parser)
     add_output_options(parser)
+    add_batch_options(parser)
     parser.set_defaults(run=run_generate, errors="strict")
     add_commands(parser)
     return parser
@@ -5005,6 +5006,9 @@ CHOICE_OPTIONS = {  # by their names in `Options`
     "min_p": (float, "leave out tokens below this fraction of the best one's probability"),
     "repetition_penalty": (float, "above 1, tokens that are in the text become less likely"),
     "seed": (int, "the same seed gives the same text"),
+    "max_time": (float, "seconds after which no further token is begun"),
+    "keep": (int, "with --overflow shift: tokens of the beginning that are kept"),
+    "num_beams": (int, "above 1: beam search"),
 }
 
 
@@ -5021,6 +5025,12 @@ def add_choice_options(parser: Parser) -> None:
         )
     text = "end the answer before this text; can be given several times"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
+    text = "a text that must not appear; can be given several times"
+    parser.add_argument("--bad-word", action="append", dest="bad_words", metavar="TEXT", help=text)
+    text = "a regular expression that the whole answer must match"
+    parser.add_argument("--regex", metavar="PATTERN", help=text)
+    text = "when the context is full: stop (the default), error, or shift, which forgets the oldest"
+    parser.add_argument("--overflow", choices=OVERFLOWS, help=text)
 
 
 def add_output_options(parser: Parser) -> None:
@@ -5030,6 +5040,17 @@ def add_output_options(parser: Parser) -> None:
         "--stats": "print speed and memory to standard error",
     }.items():
         parser.add_argument(flag, action="store_true", help=text)
+
+
+def add_batch_options(parser: Parser) -> None:
+    text = 'answer every line of a file, such as {"prompt": "text"} or {"ids": [1, 2]}; see README'
+    parser.add_argument("--batch", metavar="FILE", help=text)
+    text = "where the answers of --batch go, a line for each; finished lines are kept"
+    parser.add_argument("--out", metavar="FILE", help=text)
+    text = "texts that --batch computes at a time (default: 8)"
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help=text)
+    text = "with --batch, a line that is wrong: named and skipped (the default), or the end"
+    parser.add_argument("--bad-lines", choices=("skip", "stop"), default="skip", help=text)
 
 
 def add_commands(parser: Parser) -> None:
@@ -5181,17 +5202,153 @@ def decode(data: bytes, start: int, encoding: str, name: str, errors: str) -> st
 
 
 def run_generate(options: Arguments) -> None:
+    if (options.batch is None) != (options.out is None):
+        raise InputError("--batch FILE needs --out FILE, and --out needs --batch")
     options.stop = [argument_text(text, "--stop", options.errors) for text in options.stop]
     prompt = read_prompt(options)
-    if prompt is None and not (sys.stdin and sys.stdin.isatty()):
+    if options.batch is not None and prompt is not None:
+        raise InputError("--batch: its prompts are in the file; leave --prompt and --ids out")
+    if options.batch is None and prompt is None and not (sys.stdin and sys.stdin.isatty()):
         raise InputError("no prompt: pass --prompt TEXT, or --prompt - to read standard input")
     choices = {name: getattr(options, name) for name in Options._fields if hasattr(options, name)}
     with load_model(options) as model:
-        if prompt is None:
+        if options.batch is not None:
+            check_options(
+                {**choices, "bad_words": model.words_of(choices.get("bad_words"))}, model.config
+            )
+            BatchRun(model, choices, options).run()
+        elif prompt is None:
             check_options(choices, model.config)
             interact(model, choices, options.special, options.errors)
         else:
             print_answer(model, prompt, choices, options)
+
+
+class BatchRun:
+    """Answers the lines of a file, in order, into another file. A run that was killed goes on.
+
+    Each line of the input is a JSON object with "prompt" (text) or "ids", and any options by their
+    names in `Options`. Each line of the output has "line", the number of its input line, and then
+    text, ids, finish_reason and seed, or "error" for a line that is wrong.
+    """
+
+    def __init__(self, model: Model, choices: dict[str, Any], options: Arguments) -> None:
+        self.model = model
+        self.choices = choices
+        self.options = options
+        self.waiting: list[int] = []  # the numbers of lines that are not written yet, in order
+        self.numbers: list[int] = []  # of the lines that became answers
+        self.ready: dict[int, str] = {}
+        self.n_bad = 0
+
+    def run(self) -> None:
+        path, progress = self.options.out, progress_bar()
+        total = sum(1 for _ in numbered_lines(self.options.batch))
+        with opened_output(path) as out:
+            if not lock(out, wait=False):
+                raise TinyGPT2Error(f"{show_path(path)}: another process writes it; wait for it")
+            done = finished_lines(out, path)
+            self.waiting.clear()
+            size = positive("--batch-size", self.options.batch_size)
+            for index, answer in run_all(self.answers(done), size):
+                self.finish(self.numbers[index], answer)
+                self.write(out)
+                if progress:
+                    progress("answers", self.numbers[index], total)
+            self.write(out)
+        if self.n_bad:
+            print(f"tinygpt2: {self.n_bad} lines were wrong and skipped", file=sys.stderr)
+
+    def answers(self, done: int) -> Iterator[Answer]:
+        """The answers to the lines behind the first `done`."""
+        for number, line in numbered_lines(self.options.batch):
+            if number <= done or not line.strip():
+                continue
+            self.waiting.append(number)
+            try:
+                answer = self.answer_to(line)
+            except InputError as error:
+                self.refuse(number, error)
+            else:
+                self.numbers.append(number)
+                yield answer
+
+    def answer_to(self, line: bytes) -> Answer:
+        try:
+            values = parse_json_object("", "line", line)
+        except FormatError as error:
+            raise InputError(f"expected {error.expected}, found {error.found}") from None
+        names = [name for name in ("prompt", "ids") if name in values]
+        if len(names) != 1:
+            raise InputError('expected either "prompt" or "ids"')
+        prompt = values.pop(names[0])
+        if isinstance(prompt, str) != (names[0] == "prompt"):
+            raise InputError('expected a text as "prompt", or a list of tokens as "ids"')
+        unknown = [name for name in values if name in ("allowed",) or name not in Options._fields]
+        if unknown:
+            raise InputError(f"unknown name {quote(unknown[0])}{near_name(unknown[0])}")
+        choices = {**self.choices, **values}
+        return self.model.begin(prompt, self.options.special, choices, False, None)
+
+    def refuse(self, number: int, error: TinyGPT2Error) -> None:
+        """Name a line that is wrong, or end the run."""
+        place = f"{show_path(self.options.batch)}: line {number}"
+        if self.options.bad_lines == "stop":
+            raise InputError(f"{place}: {error}")
+        print_error(f"{place}: {error}")
+        self.n_bad += 1
+        self.ready[number] = json.dumps({"line": number, "error": str(error)})
+
+    def finish(self, number: int, answer: Answer) -> None:
+        try:
+            result = answer.result()
+        except (ConstraintError, ContextError) as error:
+            self.refuse(number, error)
+            return
+        values = {"line": number, "text": result.text, "ids": result.ids}
+        outcome = {"finish_reason": result.finish_reason, "seed": result.seed}
+        self.ready[number] = json.dumps({**values, **outcome})
+
+    def write(self, out: BinaryIO) -> None:
+        """Write what is ready, as far as no line before it is missing."""
+        while self.waiting and self.waiting[0] in self.ready:
+            out.write(self.ready.pop(self.waiting.pop(0)).encode() + b"\n")
+        out.flush()
+
+
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, numbered from 1."""
+    try:
+        with open(path, "rb") as file:
+            yield from enumerate(file, 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{show_path(path)}: {getattr(error, 'strerror', error)}") from None
+
+
+def opened_output(path: str) -> BinaryIO:
+    """A file that is read, and written at its end."""
+    try:
+        return open(path, "a+b")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{show_path(path)}: {getattr(error, 'strerror', error)}") from None
+
+
+def finished_lines(out: BinaryIO, path: str) -> int:
+    """The number of the last input line whose answer is there. A line that a kill cut off goes."""
+    out.seek(0)
+    done = kept = 0
+    for line in out:
+        if not line.endswith(b"\n"):
+            break
+        values = parse_json_object(path, "content", line)
+        number = values.get("line")
+        if not isinstance(number, int) or number <= done:
+            expected = "the answers of an earlier run, with rising line numbers"
+            raise FormatError(path, "line", expected, quote(number), "name another --out")
+        done, kept = number, kept + len(line)
+    out.truncate(kept)
+    out.seek(0, os.SEEK_END)
+    return done
 
 
 def print_answer(model: Model, prompt: Prompt, choices: dict[str, Any], options: Arguments) -> None:
