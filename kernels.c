@@ -143,7 +143,7 @@ TG_API int tg_forward(tg_pass *pass, const tg_span *spans, int n_spans);
  * not check for NaN or infinity. */
 TG_API int tg_logits(tg_pass *pass, int row, const float **logits);
 
-/* The next five take any row of logits [vocab_size], in the pass or copied from it before; `pass`
+/* The next six take any row of logits [vocab_size], in the pass or copied from it before; `pass`
  * lends scratch memory. They return TG_NOT_FINITE if a logit is NaN or infinite. tg_check does no
  * more than that. */
 TG_API int tg_check(tg_pass *pass, const float *logits);
@@ -158,6 +158,9 @@ TG_API int tg_choose(tg_pass *pass, const float *logits, const tg_options *optio
 TG_API int tg_order(tg_pass *pass, const float *logits, const tg_options *options, int n,
                     int32_t *tokens, int32_t *count);
 TG_API int tg_log_probability(tg_pass *pass, const float *logits, int32_t token, double *result);
+
+/* How many tokens are better than this one; of equals the lower token is better. */
+TG_API int tg_rank(tg_pass *pass, const float *logits, int32_t token, int32_t *rank);
 
 /* The n best tokens, best first, and their log-probabilities; of equals the lower token first. */
 TG_API int tg_top(tg_pass *pass, const float *logits, int n, int32_t *tokens, double *logprobs);
@@ -1939,6 +1942,19 @@ int tg_log_probability(tg_pass *p, const float *logits, int32_t token, double *r
         return leave(p, TG_NOT_FINITE);
 
     *result = log_probability(normalizer_of(p, logits), logits[token]);
+    return leave(p, TG_DONE);
+}
+
+int tg_rank(tg_pass *p, const float *logits, int32_t token, int32_t *rank) {
+    int size = p->model->config.vocab_size;
+    if (!enter(p)) return TG_BUSY;
+    if (!is_token(p, token)) return leave(p, TG_BAD_ARGUMENT);
+    if (p->model->kernels->best(logits, size) < 0) return leave(p, TG_NOT_FINITE);
+
+    int better = 0;
+    for (int t = 0; t < token; t++) better += logits[t] >= logits[token];
+    for (int t = token + 1; t < size; t++) better += logits[t] > logits[token];
+    *rank = better;
     return leave(p, TG_DONE);
 }
 

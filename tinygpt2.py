@@ -108,6 +108,7 @@ __all__ = [
     "Model",
     "NumericError",
     "Options",
+    "Ranked",
     "Result",
     "Score",
     "Session",
@@ -1566,6 +1567,9 @@ class Logits(Protocol):
     def logprob(self, row: int, token: int) -> float:
         """The natural logarithm of a token's probability."""
 
+    def rank(self, row: int, token: int) -> int:
+        """How many tokens are more probable; of equals the lower token counts as more probable."""
+
     def top(self, row: int, n: int) -> list[tuple[int, float]]:
         """The n most probable tokens with their log-probabilities, the best first."""
 
@@ -1824,6 +1828,11 @@ class NumpyLogits:
 
     def logprob(self, row: int, token: int) -> float:
         return float(self.logprobs(row)[token])
+
+    def rank(self, row: int, token: int) -> int:
+        logits = self.checked(row)
+        better = np.count_nonzero(logits > logits[token])
+        return int(better + np.count_nonzero(logits[:token] == logits[token]))
 
     def top(self, row: int, n: int) -> list[tuple[int, float]]:
         logprobs = self.logprobs(row)
@@ -2467,6 +2476,8 @@ class Score(NamedTuple):
     ids: list[int]
     logprobs: list[Optional[float]]  # one for each token; None for a first token without context
     n_bytes: Optional[int]  # of the text in UTF-8; None for a model without a tokenizer
+    ranks: Optional[list[Optional[int]]] = None  # how many tokens were more probable, if asked for
+    top_logprobs: Optional[list[list[tuple[int, float]]]] = None  # the best tokens at each place
 
     @property
     def total(self) -> float:
@@ -2483,6 +2494,32 @@ class Score(NamedTuple):
     @property
     def bits_per_byte(self) -> float:
         return -self.total / math.log(2) / self.n_bytes if self.n_bytes else math.nan
+
+
+class Ranked(NamedTuple):
+    """An ending of a prompt, and how probable it is. Natural logarithms."""
+
+    ending: str
+    number: int  # its place among the endings that were passed
+    total: float
+    ids: list[int]
+    logprobs: list[float]
+
+
+class TokenScore(NamedTuple):
+    """What the logits before a token say of it."""
+
+    logprob: float
+    rank: Optional[int]
+    best: list[tuple[int, float]]
+
+
+class Window(NamedTuple):
+    """Tokens of which those from index `first` on are scored, given all before them."""
+
+    tokens: list[int]
+    first: int
+    session: Optional[Session] = None  # has the tokens before, computed; it is used up
 
 
 SESSION_CLOSED = "session: it or its model is closed; open a new one"
@@ -3534,6 +3571,13 @@ class Session(GenerateMethods):
         self._logits = kept
         return kept
 
+    def _span_of(self, window: Window) -> Span:
+        """What a window needs: the tokens that the cache lacks, and the logits that score."""
+        cache = self._open_cache()
+        start = min(cache.length, window.first - 1)
+        wanted = len(window.tokens) - window.first
+        return Span(cache, self._tokens[start:], start, wanted)
+
     def _each_pass(self, workspace: Any) -> Iterator[tuple[int, Logits]]:
         """Compute the whole text and hand out the logits after every token, pass by pass."""
         cache, backend = self._open_cache(), self.model.backend
@@ -3928,43 +3972,153 @@ class Model(GenerateMethods):
         return logits
 
     def score(
-        self, prompt: Prompt, progress: Optional[Progress] = None, special: bool = False
+        self,
+        prompt: Prompt,
+        progress: Optional[Progress] = None,
+        special: bool = False,
+        *,
+        top: Optional[SupportsIndex] = None,
     ) -> Score:
         """The log-probability of every token of a text of any length.
 
         The text follows the model's `start_tokens`, as documents do in training; without them its
         first token has no score. A text longer than the context is read in windows that overlap by
         half, and every token is scored once, with at least half a context before it. Beside the ids
-        and their scores, memory does not grow with the text.
+        and their scores, memory does not grow with the text. With `top`, ranks and the `top` best
+        tokens at each place are recorded, too.
         """
-        tokenizer = self.tokenizer  # another thread may close the model at any time
-        ids = self.tokens_of(prompt, special, False)
-        n_bytes = None if tokenizer is None else byte_count(tokenizer, prompt, ids)
+        return next(self._scores([prompt], special, top, progress))
+
+    def score_batch(
+        self,
+        prompts: Iterable[Prompt],
+        special: bool = False,
+        *,
+        top: Optional[SupportsIndex] = None,
+    ) -> list[Score]:
+        """The scores of several texts. Short ones share the readings of the weights."""
+        return list(self._scores(prompts, special, top, None))
+
+    def rank(self, prompt: str, endings: Iterable[str], special: bool = False) -> list[Ranked]:
+        """How probable each ending is after a prompt, the most probable first.
+
+        A space between the two belongs to the ending, wherever it stands. The prompt is computed
+        once.
+        """
+        texts = [endings] if isinstance(endings, str) else list(endings)
+        if not all(isinstance(text, str) for text in (prompt, *texts)):
+            raise InputError(
+                f"rank: expected a text and texts that may follow, found {quote(texts)}"
+            )
         start = self.start_tokens
-        tokens = [*start, *ids]
-        logprobs: list[Optional[float]] = [] if start else [None] * min(1, len(ids))
-        positions = self.config.n_positions
+        begin = prompt.rstrip()
+        gap = prompt[len(begin) :]
+        context = [*start, *self.tokens_of(begin, special, False)]
+        wholes = [[*start, *self.tokens_of(begin + gap + e, special, False)] for e in texts]
+        known = [max(1, shared_length(context, whole)) for whole in wholes]
+        n_common = min([len(context), *known])
+        with self.session() as session:
+            session.feed(context[:n_common])
+            windows = (
+                Window(whole, n, session.fork())
+                for whole, n in zip(wholes, known)
+                if n < len(whole)
+            )
+            scored = list(self._window_scores(windows, None))
+        ranked: list[Ranked] = []
+        for number, (text, whole, n) in enumerate(zip(texts, wholes, known)):
+            values = [score.logprob for score in scored.pop(0)] if n < len(whole) else []
+            ranked.append(Ranked(text, number, math.fsum(values), whole[n:], values))
+        return sorted(ranked, key=lambda item: -item.total)
+
+    def _scores(
+        self,
+        prompts: Iterable[Prompt],
+        special: bool,
+        top: Optional[SupportsIndex],
+        progress: Optional[Progress],
+    ) -> Iterator[Score]:
+        """The score of each text."""
+        n_top = None if top is None else positive("top", top)
+        tokenizer = self.tokenizer  # another thread may close the model at any time
+        texts = [(prompt, self.tokens_of(prompt, special, False)) for prompt in prompts]
+        start = self.start_tokens
+        windows = [self._windows(start, ids) for _, ids in texts]
+        scores = self._window_scores(itertools.chain(*windows), n_top)
+        for (prompt, ids), parts in zip(texts, windows):
+            found: list[Optional[TokenScore]] = [] if start else [None] * min(1, len(ids))
+            for _ in parts:
+                found += next(scores)
+                if progress:
+                    progress("scoring", len(found), len(ids))
+            n_bytes = None if tokenizer is None else byte_count(tokenizer, prompt, ids)
+            logprobs = [score and score.logprob for score in found]
+            if n_top is None:
+                yield Score(ids, logprobs, n_bytes)
+                continue
+            ranks = [score and score.rank for score in found]
+            best = [score.best if score else [] for score in found]
+            yield Score(ids, logprobs, n_bytes, ranks, best)
+
+    def _windows(self, start: list[int], ids: list[int]) -> list[Window]:
+        """The windows in which a text is read."""
+        tokens, positions = [*start, *ids], self.config.n_positions
+        windows: list[Window] = []
         scored = first = len(start) or 1  # how many of `tokens` are done
         while scored < len(tokens):
             begin = 0 if scored == first else max(0, scored - max(1, positions // 2))
             end = min(len(tokens), begin + positions + 1)
-            logprobs += self._window_logprobs(tokens[begin:end], scored - begin)
+            windows.append(Window(tokens[begin:end], scored - begin))
             scored = end
-            if progress:
-                progress("scoring", scored, len(tokens))
-        return Score(ids, logprobs, n_bytes)
+        return windows
 
-    def _window_logprobs(self, tokens: list[int], first: int) -> list[float]:
-        """The log-probability of each token from index `first` on, given those before it."""
-        logprobs: list[float] = []
-        with self.session() as session, self.workspace() as workspace:
-            session._append(tokens[:-1])
-            for start, logits in session._each_pass(workspace):
-                stop = min(start + self.backend.chunk, len(tokens) - 1)
-                for i in range(max(start, first - 1), stop):
-                    with naming_position(self, i):
-                        logprobs.append(logits.logprob(i - start, tokens[i + 1]))
-        return logprobs
+    def _window_scores(
+        self, windows: Iterable[Window], n_top: Optional[int]
+    ) -> Iterator[list[TokenScore]]:
+        """The scores of the tokens of each window. Short windows share their passes."""
+        group: list[Window] = []
+        n_rows = 0
+        for window in windows:
+            if group and (n_rows + len(window.tokens) > self.backend.chunk or len(group) == 16):
+                yield from self._group_scores(group, n_top)
+                group, n_rows = [], 0
+            group.append(window)
+            n_rows += len(window.tokens)
+        if group:
+            yield from self._group_scores(group, n_top)
+
+    def _group_scores(
+        self, group: Sequence[Window], n_top: Optional[int]
+    ) -> Iterator[list[TokenScore]]:
+        with contextlib.ExitStack() as stack:
+            sessions = [w.session or self.session() for w in group]
+            for session, window in zip(sessions, group):
+                stack.enter_context(session)
+                session._append(window.tokens[len(session) : -1])
+            workspace = stack.enter_context(self.workspace())
+            if len(group[0].tokens) > self.backend.chunk:  # then it is alone
+                yield self._passes_scores(sessions[0], group[0], n_top, workspace)
+                return
+            spans = [session._span_of(window) for session, window in zip(sessions, group)]
+            logits = self.backend.forward(workspace, spans)
+            row = 0
+            for window in group:
+                tokens = window.tokens[window.first :]
+                with naming_position(self, len(window.tokens) - 2):
+                    yield [token_score(logits, row + i, t, n_top) for i, t in enumerate(tokens)]
+                row += len(tokens)
+
+    def _passes_scores(
+        self, session: Session, window: Window, n_top: Optional[int], workspace: Any
+    ) -> list[TokenScore]:
+        """The scores of a window that may take several passes."""
+        tokens, first, scores = window.tokens, window.first, []
+        for start, logits in session._each_pass(workspace):
+            stop = min(start + self.backend.chunk, len(tokens) - 1)
+            for i in range(max(start, first - 1), stop):
+                with naming_position(self, i):
+                    scores.append(token_score(logits, i - start, tokens[i + 1], n_top))
+        return scores
 
     def close(self) -> None:
         """Release the file. Sessions of this model fail from here on; closing again is allowed."""
@@ -3979,6 +4133,13 @@ class Model(GenerateMethods):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def token_score(logits: Logits, row: int, token: int, n_top: Optional[int]) -> TokenScore:
+    logprob = logits.logprob(row, token)
+    if n_top is None:
+        return TokenScore(logprob, None, [])
+    return TokenScore(logprob, logits.rank(row, token), logits.top(row, n_top))
 
 
 def byte_count(tokenizer: Tokenizer, prompt: Prompt, ids: list[int]) -> int:
@@ -4199,6 +4360,7 @@ class Kernels:
                 [pointer, pointer, options, number, c.POINTER(i32), c.POINTER(i32)],
             ),
             "tg_log_probability": (number, [pointer, pointer, i32, c.POINTER(c.c_double)]),
+            "tg_rank": (number, [pointer, pointer, i32, c.POINTER(i32)]),
             "tg_top": (
                 number,
                 [pointer, pointer, number, c.POINTER(i32), c.POINTER(c.c_double)],
@@ -4358,6 +4520,13 @@ class CLogits:
         logits = self.pointer(row)
         check_status(kernels.library.tg_log_probability(scratch, logits, token, result))
         return float(result.value)
+
+    def rank(self, row: int, token: int) -> int:
+        kernels = self.backend.kernels
+        result = kernels.c.c_int32()
+        scratch, pointer = self.workspace.handle.pointer, self.pointer(row)
+        check_status(kernels.library.tg_rank(scratch, pointer, token, result))
+        return int(result.value)
 
     def top(self, row: int, n: int) -> list[tuple[int, float]]:
         kernels = self.backend.kernels
