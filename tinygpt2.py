@@ -176,16 +176,17 @@ class StateError(TinyGPT2Error):
     """A session or model that is closed, or that two callers use at the same time."""
 
 
-class ConstraintError(TinyGPT2Error):
-    """No token can follow by the constraints of an answer. `ids` are its tokens so far."""
+class ConstraintError(InputError):
+    """The constraints of an answer leave no token. `text` and `ids` are the answer so far."""
 
-    def __init__(self, text: str, ids: Sequence[int] = ()) -> None:
-        super().__init__(text, ids)
+    def __init__(self, message: str, text: str = "", ids: Sequence[int] = ()) -> None:
+        super().__init__(message, text, ids)
+        self.message = message
         self.text = text
         self.ids = list(ids)
 
     def __str__(self) -> str:
-        return self.text
+        return self.message
 
 
 class NumericError(TinyGPT2Error):
@@ -1556,7 +1557,7 @@ class Logits(Protocol):
     """
 
     def choose(self, row: int, sampler: Sampler, position: int) -> int:
-        """The next token of a text that has `position` tokens so far."""
+        """The next token of a text that has `position` tokens so far, or NO_CHOICE."""
 
     def order(self, row: int, sampler: Sampler, position: int, n: int) -> list[int]:
         """The first n tokens in the order of the choice, of which `choose` gives the first.
@@ -2192,7 +2193,7 @@ def gumbel_noise(seed: int, position: int, tokens: Array) -> Array:
     return -np.log(-np.log(u))
 
 
-EVERY_TOKEN_FORBIDDEN = "option logit_bias: it rules out every token"
+NO_CHOICE = -1  # in place of a token: every one is ruled out
 
 
 def choose_token(logits: Array, sampler: Sampler, position: int) -> int:
@@ -2202,6 +2203,8 @@ def choose_token(logits: Array, sampler: Sampler, position: int) -> int:
     in proportion to exp(score / temperature). The lower token wins a tie. float32 [vocab_size]
     """
     scores = adjust(logits, sampler)
+    if scores.max() == -np.inf:
+        return NO_CHOICE
     if sampler.options.temperature == 0:
         return int(scores.argmax())
     tokens, keys = draw_keys(scores, sampler, position)
@@ -2222,7 +2225,7 @@ def order_tokens(logits: Array, sampler: Sampler, position: int) -> list[int]:
     scores = adjust(logits, sampler)
     order = np.argsort(-scores, kind="stable")  # by score, of equals the lower token first
     order = order[scores[order] > -np.inf]
-    if sampler.options.temperature == 0:
+    if sampler.options.temperature == 0 or not len(order):
         return list(map(int, order))
     tokens, keys = draw_keys(scores, sampler, position)
     kept = tokens[np.argsort(-keys, kind="stable")]
@@ -2242,8 +2245,6 @@ def adjust(logits: Array, sampler: Sampler) -> Array:
             scores[tokens] = np.where(s < 0, s * penalty, s / penalty)
     if sampler.allowed is not None:
         scores[np.frombuffer(sampler.allowed, np.uint8) == 0] = -np.inf
-    if scores.max() == -np.inf:
-        raise InputError(EVERY_TOKEN_FORBIDDEN)
     return scores
 
 
@@ -2412,7 +2413,8 @@ def characters_from(start: bytes) -> str:
     shift = 6 * (length - len(start))
     lowest = {2: 0x80, 3: 0x800, 4: 0x10000}[length]
     codes = range(max(prefix << shift, lowest), min((prefix + 1) << shift, 0x110000))
-    return "".join(chr(code) for code in codes if not 0xD800 <= code < 0xE000)
+    # Much faster than `chr` for each code. Surrogates are no characters, and so ignored.
+    return struct.pack(f"<{len(codes)}I", *codes).decode("utf-32-le", "ignore")
 
 
 # What matches a single character in a pattern: an escape, a set, a dot, a literal beyond ASCII.
@@ -2978,14 +2980,24 @@ class Answer:
         """The next token, or NO_CHOICE if the answer is complete and nothing can follow."""
         sampler, session = self.sampler, self.session
         sampler.allowed = allowed_mask(sampler.options, self._allowed, session)
-        if self._expression is None:
-            return logits.choose(row, sampler, session.position)
-        token = self._first_that_fits(self._expression, logits, row)
-        if token == NO_CHOICE and not self._expression.is_complete():
-            text = quote(self._expression.text)
-            advice = "a model can be led into a corner; take another seed or expression"
-            raise ConstraintError(f"option regex: nothing can follow {text} ({advice})", self.ids)
+        expression = self._expression
+        if expression is None:
+            token = logits.choose(row, sampler, session.position)
+        else:
+            token = self._first_that_fits(expression, logits, row)
+        if token == NO_CHOICE and not (expression and expression.is_complete()):
+            raise self._no_way_on()
         return token
+
+    def _no_way_on(self) -> ConstraintError:
+        """The error of an answer that is not complete, and that no token can follow."""
+        text = self._tokenizer.decode(self.ids) if self._tokenizer else ""
+        names = ("regex", "allowed", "bad_words", "logit_bias")
+        options, plain = self.sampler.options, Options()
+        given = [name for name in names if getattr(options, name) != getattr(plain, name)]
+        found = f"no token can follow {quote(text)}" if self.ids else "no token can begin it"
+        advice = "a model can be led into a corner; loosen them, or take another seed"
+        return ConstraintError(f"options {', '.join(given)}: {found} ({advice})", text, self.ids)
 
     def _first_that_fits(self, expression: Expression, logits: Logits, row: int) -> int:
         """Of the tokens in the order of the choice, the first after which a match is possible."""
@@ -4255,7 +4267,6 @@ LIBRARY = {"win32": "tinygpt2_kernels.dll", "darwin": "tinygpt2_kernels.dylib"}.
     sys.platform, "tinygpt2_kernels.so"
 )
 DONE, MORE, BUSY, _, NOT_ALL_FINITE = range(5)  # what the functions of kernels.c return
-NO_CHOICE = -1
 REBUILD = "run `python build.py` again, delete the file, or use the backend 'numpy'"
 
 
@@ -4499,8 +4510,6 @@ class CLogits:
         token = kernels.c.c_int32()
         scratch = self.workspace.handle.pointer
         check_status(kernels.library.tg_choose(scratch, self.pointer(row), options, token))
-        if token.value == NO_CHOICE:
-            raise InputError(EVERY_TOKEN_FORBIDDEN)
         return int(token.value)
 
     def order(self, row: int, sampler: Sampler, position: int, n: int) -> list[int]:
