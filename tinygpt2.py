@@ -2513,7 +2513,7 @@ class TokenScore(NamedTuple):
 
     logprob: float
     rank: Optional[int]
-    best: list[tuple[int, float]]
+    best: Sequence[tuple[int, float]]
 
 
 class Window(NamedTuple):
@@ -4069,7 +4069,7 @@ class Model(GenerateMethods):
                 yield Score(ids, logprobs, n_bytes)
                 continue
             ranks = [score and score.rank for score in found]
-            best = [score.best if score else [] for score in found]
+            best = [list(score.best) if score else [] for score in found]
             yield Score(ids, logprobs, n_bytes, ranks, best)
 
     def _windows(self, start: list[int], ids: list[int]) -> list[Window]:
@@ -4150,7 +4150,7 @@ class Model(GenerateMethods):
 def token_score(logits: Logits, row: int, token: int, n_top: Optional[int]) -> TokenScore:
     logprob = logits.logprob(row, token)
     if n_top is None:
-        return TokenScore(logprob, None, [])
+        return TokenScore(logprob, None, ())
     return TokenScore(logprob, logits.rank(row, token), logits.top(row, n_top))
 
 
