@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT, write_checkpoint
 from test_download import Hub, hub, needs_hub  # noqa: F401  (a fixture)
 
+import tinygpt2
+
 README = (ROOT / "README.md").read_text("utf-8")
 MODEL = ROOT / "vendor" / "tales.tg2"
 INSTALL = re.compile(r"pip install [^&]*(?: && |$)")  # .ci/run installs; here it is done already
@@ -56,10 +58,28 @@ def test_the_readme_has_examples() -> None:
     assert len(shell_lines()) >= 10
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+PROGRAMS = [code for code in blocks("python") if "pytest.fixture" not in code]
+USES_FIXTURE = """
+def test_my_program(model):
+    assert model.generate("Hello", max_new_tokens=5, seed=1) == "{expected}"
+"""
+
+
+@pytest.mark.parametrize("code", PROGRAMS)
 @pytest.mark.slow
 def test_python(code: str, clone: Path) -> None:
     assert run([sys.executable, "-W", "error", "-c", code], clone)
+
+
+@pytest.mark.slow
+def test_fixture(clone: Path) -> None:
+    (code,) = (code for code in blocks("python") if "pytest.fixture" in code)
+    assert len([line for line in code.splitlines() if line]) <= 5
+    with tinygpt2.toy() as model:
+        expected = model.generate("Hello", max_new_tokens=5, seed=1)
+    test = clone / "test_my_program.py"
+    test.write_text(code + USES_FIXTURE.format(expected=expected), "utf-8")
+    assert "1 passed" in run([sys.executable, "-m", "pytest", test.name], clone)
 
 
 @needs_hub
@@ -69,5 +89,5 @@ def test_shell(clone: Path, hub: Hub) -> None:  # noqa: F811
     hub.publish(clone / "path" / "to" / "checkpoint", name="gpt2")
     for line in shell_lines():
         out = run(["sh", "-c", line], clone, hub.environment())
-        makes_file = re.search(r" -o (\S+)", line)
+        makes_file = re.search(r" (?:-o|>) (\S+)", line)
         assert (clone / makes_file[1]).exists() if makes_file else out.strip(), line
