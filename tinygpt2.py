@@ -5203,7 +5203,7 @@ def add_choice_options(parser: Parser) -> None:
         )
     text = "end the answer before this text; can be given several times"
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help=text)
-    text = "a text that must not appear; can be given several times"
+    text = "a text whose tokens must not appear; can be given several times"
     parser.add_argument("--bad-word", action="append", dest="bad_words", metavar="TEXT", help=text)
     text = "a regular expression that the whole answer must match"
     parser.add_argument("--regex", metavar="PATTERN", help=text)
