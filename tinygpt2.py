@@ -3999,17 +3999,22 @@ class Model(GenerateMethods):
         and their scores, memory does not grow with the text. With `top`, ranks and the `top` best
         tokens at each place are recorded, too.
         """
-        return next(self._scores([prompt], special, top, progress))
+        return next(self._scores([prompt], None, special, top, progress))
 
     def score_batch(
         self,
         prompts: Iterable[Prompt],
         special: bool = False,
         *,
+        contexts: Optional[Iterable[Prompt]] = None,
         top: Optional[SupportsIndex] = None,
     ) -> list[Score]:
-        """The scores of several texts. Short ones share the readings of the weights."""
-        return list(self._scores(prompts, special, top, None))
+        """The scores of several texts. Short ones share the readings of the weights.
+
+        `contexts` has one for each text (text or token ids), which the text follows instead of the
+        model's `start_tokens`. A context is not scored.
+        """
+        return list(self._scores(prompts, contexts, special, top, None))
 
     def rank(self, prompt: str, endings: Iterable[str], special: bool = False) -> list[Ranked]:
         """How probable each ending is after a prompt, the most probable first.
@@ -4046,6 +4051,7 @@ class Model(GenerateMethods):
     def _scores(
         self,
         prompts: Iterable[Prompt],
+        contexts: Optional[Iterable[Prompt]],
         special: bool,
         top: Optional[SupportsIndex],
         progress: Optional[Progress],
@@ -4054,10 +4060,10 @@ class Model(GenerateMethods):
         n_top = None if top is None else positive("top", top)
         tokenizer = self.tokenizer  # another thread may close the model at any time
         texts = [(prompt, self.tokens_of(prompt, special, False)) for prompt in prompts]
-        start = self.start_tokens
-        windows = [self._windows(start, ids) for _, ids in texts]
+        starts = self._starts(contexts, len(texts), special)
+        windows = [self._windows(start, ids) for start, (_, ids) in zip(starts, texts)]
         scores = self._window_scores(itertools.chain(*windows), n_top)
-        for (prompt, ids), parts in zip(texts, windows):
+        for (prompt, ids), start, parts in zip(texts, starts, windows):
             found: list[Optional[TokenScore]] = [] if start else [None] * min(1, len(ids))
             for _ in parts:
                 found += next(scores)
@@ -4072,13 +4078,26 @@ class Model(GenerateMethods):
             best = [list(score.best) if score else [] for score in found]
             yield Score(ids, logprobs, n_bytes, ranks, best)
 
+    def _starts(
+        self, contexts: Optional[Iterable[Prompt]], n: int, special: bool
+    ) -> list[list[int]]:
+        """The tokens that each of n texts follows."""
+        if contexts is None:
+            return [self.start_tokens] * n
+        starts = [self.tokens_of(context, special, False) for context in contexts]
+        if len(starts) != n or isinstance(contexts, str):
+            expected = f"a list with one for each text, {n} in all"
+            raise InputError(f"contexts: expected {expected}, found {quote(contexts)}")
+        return starts
+
     def _windows(self, start: list[int], ids: list[int]) -> list[Window]:
         """The windows in which a text is read."""
         tokens, positions = [*start, *ids], self.config.n_positions
+        fits = len(tokens) <= positions + 1
         windows: list[Window] = []
-        scored = first = len(start) or 1  # how many of `tokens` are done
+        scored = len(start) or 1  # how many of `tokens` are done
         while scored < len(tokens):
-            begin = 0 if scored == first else max(0, scored - max(1, positions // 2))
+            begin = 0 if fits else max(0, scored - max(1, positions // 2))
             end = min(len(tokens), begin + positions + 1)
             windows.append(Window(tokens[begin:end], scored - begin))
             scored = end

@@ -84,6 +84,39 @@ def test_scores_share_passes(model: Model, monkeypatch: pytest.MonkeyPatch) -> N
     assert passes == [16, 16]
 
 
+def test_scores_after_contexts(model: Model) -> None:
+    """Against the logits of context and text together. Nothing is put before a context."""
+    contexts: list[Any] = ["The king", [5], "", [7] * 63, "the wolf and the " * 3, "a"]
+    texts: list[Any] = [" had", "x", "The king", [3], [1, 2, 3], ""]
+    scores = model.score_batch(texts, contexts=iter(contexts), top=1)
+    for context, text, score in zip(contexts, texts, scores):
+        before, ids = (model.tokens_of(prompt, False, False) for prompt in (context, text))
+        first = max(1, len(before))
+        tokens = [*before, *ids]
+        rows = logprobs_of(model, tokens)[first - 1 :] if ids else []
+        expected = [row[token] for row, token in zip(rows, tokens[first:])]
+        assert score.ids == ids
+        assert score.logprobs[: not before] == [None][: not before]
+        assert score.logprobs[not before :] == pytest.approx(expected, abs=1e-4)
+        assert len(score.logprobs) == len(score.ranks or []) == len(ids)
+
+
+def test_contexts_that_are_longer_than_the_window(model: Model) -> None:
+    """A text that does not fit behind its context is read after half a window of it."""
+    n = model.config.n_positions
+    ids = [number % 250 for number in range(5 * n)]
+    fits, cut = model.score_batch(
+        [ids[n:][:1], ids[3 * n : 3 * n + 9]], contexts=[ids[:n], ids[: 3 * n]]
+    )
+    assert fits.logprobs == pytest.approx([logprobs_of(model, ids[:n])[-1, ids[n]]], abs=1e-4)
+    window = ids[3 * n - n // 2 : 3 * n + 9]
+    rows = logprobs_of(model, window)[n // 2 - 1 : -1]
+    expected = [row[token] for row, token in zip(rows, window[n // 2 :])]
+    assert cut.logprobs == pytest.approx(expected, abs=1e-4)
+    (whole,) = model.score_batch([ids[1:]], contexts=[ids[:1]])
+    assert len(whole.logprobs) == len(ids) - 1
+
+
 ENDINGS = [" son", " daughter", "s", "", " king and a queen"]
 
 
@@ -120,6 +153,10 @@ def test_what_scores_refuse(model: Model) -> None:
     for top in (0, -1, 1.5, "2", True):
         with pytest.raises(InputError, match="top: expected a whole number from 1"):
             model.score("a", top=top)  # type: ignore[arg-type]
+    wrong: list[Any] = [[], ["a"], ["a"] * 3, "ab"]
+    for contexts in wrong:
+        with pytest.raises(InputError, match="contexts: expected a list with one for each text, 2"):
+            model.score_batch(["a", "b"], contexts=contexts)
     with pytest.raises(ContextError):
         model.rank("a", ["b " * 1000])
     with pytest.raises(InputError):
