@@ -93,7 +93,7 @@ def test_scores_after_contexts(model: Model) -> None:
         before, ids = (model.tokens_of(prompt, False, False) for prompt in (context, text))
         first = max(1, len(before))
         tokens = [*before, *ids]
-        rows = logprobs_of(model, tokens)[first - 1 :] if ids else []
+        rows: Any = logprobs_of(model, tokens)[first - 1 :] if ids else []
         expected = [row[token] for row, token in zip(rows, tokens[first:])]
         assert score.ids == ids
         assert score.logprobs[: not before] == [None][: not before]
