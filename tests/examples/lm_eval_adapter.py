@@ -1,16 +1,16 @@
 """tinygpt2 as a model of EleutherAI's lm-evaluation-harness.
 
-    pip install tinygpt2 lm-eval
+    pip install lm-eval
     python lm_eval_adapter.py --model tinygpt2 --model_args pretrained=gpt2.tg2 --tasks arc_easy
 
-This is the harness's own command line (`--help`) with one more model. `pretrained` is a .tg2 file;
-further arguments are those of `tinygpt2.load`, such as `threads=4`. In Python, import this file and
-pass `TinyGPT2LM("gpt2.tg2")` to `lm_eval.simple_evaluate`.
+Copy this file beside tinygpt2.py. It is the harness's own command line (`--help`) with one more
+model. `pretrained` is a .tg2 file; further arguments are those of `tinygpt2.load`, such as
+`threads=4`. In Python, pass `TinyGPT2LM("gpt2.tg2")` to `lm_eval.simple_evaluate`.
 
 Requests mean what they mean to the harness's `hf` model, so the numbers are those that transformers
 gives: nothing stands before a context, an empty one is begin-of-text or else end-of-text
 (`prefix_token_id=` names another token), special tokens in a text count as such, and what is too
-long loses its beginning. What cannot be the same is a ValueError.
+long loses its beginning. A ValueError names what has no such meaning.
 """
 
 from __future__ import annotations
@@ -36,7 +36,15 @@ import tinygpt2
 
 CHUNK = 128  # requests between two steps of the progress bar
 SEED = 1234  # of the first text that is sampled; the next ones follow
-TokenRequest = tuple[Any, list[int], list[int]]  # the texts, the context, the continuation
+TokenRequest = tuple[Any, list[int], list[int]]  # the two texts, their tokens
+
+
+def end_of(tokens: list[int], size: int) -> list[int]:
+    """The last `size` tokens of a context."""
+    if len(tokens) > size:
+        text = "a context of %d tokens loses all but the last %d"
+        logging.getLogger(__name__).warning(text, len(tokens), size)
+    return tokens[-size:]
 
 
 @register_model("tinygpt2")
@@ -97,36 +105,30 @@ class TinyGPT2LM(TemplateLM):  # type: ignore[misc]
                 chunk = requests[start : start + CHUNK]
                 contexts = [self.context_of(request) for request in chunk]
                 texts = [continuation for _, _, continuation in chunk]
-                for score in self.model.score_batch(texts, contexts=contexts, top=1):
+                scores = self.model.score_batch(texts, contexts=contexts, top=1)
+                for (pair, _, _), score in zip(chunk, scores):
                     answers.append((score.total, not any(score.ranks or ())))
+                    if pair is not None:
+                        self.cache_hook.add_partial("loglikelihood", pair, answers[-1])
                 bar.update(len(chunk))
-        for (texts, _, _), answer in zip(requests, answers):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
     def context_of(self, request: TokenRequest) -> list[int]:
         """The end of the context, as far as there is room for it."""
-        texts, context, continuation = request
+        pair, context, continuation = request
         room = self.max_length + 1 - len(continuation)
         if not context or not continuation or room < 1:
             expected = f"tokens of context, and 1 to {self.max_length} of continuation"
-            found = f"{len(context)} and {len(continuation)} in {texts}"
+            found = f"{len(context)} and {len(continuation)} in {pair}"
             raise ValueError(f"loglikelihood: expected {expected}, found {found}")
-        return self.end_of(context, room)
-
-    def end_of(self, tokens: list[int], size: int) -> list[int]:
-        if len(tokens) > size:
-            text = "a context of %d tokens loses all but the last %d"
-            logging.getLogger(__name__).warning(text, len(tokens), size)
-        return tokens[-size:]
+        return end_of(context, room)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         texts: list[str] = []
         groups = Collator(
             [request.args for request in requests],
             sort_fn=lambda args: -len(args[0]),
-            group_fn=lambda args: args[1],
+            group_fn=lambda args: {"options": str(args[1])},
             group_by="gen_kwargs",
         )
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
@@ -158,7 +160,7 @@ class TinyGPT2LM(TemplateLM):  # type: ignore[misc]
         if room < 1:
             raise ValueError(f"max_gen_toks: expected less than {self.max_length}, found {n_new}")
         results = self.model.generate_batch(
-            [self.end_of(self.tok_encode(context), room) for context in contexts],
+            [end_of(self.tok_encode(context), room) for context in contexts],
             max_new_tokens=n_new,
             stop=until,
             stop_token_ids=[end],
