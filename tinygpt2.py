@@ -4022,7 +4022,7 @@ class Model(GenerateMethods):
         A space between the two belongs to the ending, wherever it stands. The prompt is computed
         once.
         """
-        texts = [endings] if isinstance(endings, str) else list(endings)
+        texts: list[Any] = [endings] if isinstance(endings, str) else list(endings)
         if not all(isinstance(text, str) for text in (prompt, *texts)):
             raise InputError(
                 f"rank: expected a text and texts that may follow, found {quote(texts)}"

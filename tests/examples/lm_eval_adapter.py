@@ -5,7 +5,8 @@
 
 Copy this file beside tinygpt2.py. It is the harness's own command line (`--help`) with one more
 model. `pretrained` is a .tg2 file; further arguments are those of `tinygpt2.load`, such as
-`threads=4`. In Python, pass `TinyGPT2LM("gpt2.tg2")` to `lm_eval.simple_evaluate`.
+`threads=4`. `--batch_size 8` generates eight texts at a time. In Python, pass
+`TinyGPT2LM("gpt2.tg2")` to `lm_eval.simple_evaluate`.
 
 Requests mean what they mean to the harness's `hf` model, so the numbers are those that transformers
 gives: nothing stands before a context, an empty one is begin-of-text or else end-of-text
