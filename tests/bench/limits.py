@@ -10,7 +10,9 @@ a C compiler; `limits.c` says how each figure is taken. Prints markdown.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +44,15 @@ class Limits:
         """Nanoseconds until the other processor sees what one wrote."""
         return self.run("latency")
 
+    def now(self, threads: int, file: Path) -> dict[str, float]:
+        """All of them, by name."""
+        return {
+            "multiply-adds, GFLOP/s": self.peak(threads),
+            "ping-pong, ns": self.latency(),
+            "memory, GB/s": self.read(threads),
+            "mapped file, GB/s": self.read(threads, file),
+        }
+
 
 @contextlib.contextmanager
 def compiled() -> Iterator[Limits]:
@@ -57,6 +68,23 @@ def state(nanoseconds: float) -> str:
     if nanoseconds <= 80:
         return "near"
     return "far" if 150 <= nanoseconds <= 320 else "other"
+
+
+def summary(rounds: list[dict[str, float]]) -> list[str]:
+    """What the machine could do in the rounds of a measurement, and where its processors were."""
+    states = collections.Counter(state(found["ping-pong, ns"]) for found in rounds)
+    lines = [", ".join(f"{name} in {n} rounds" for name, n in states.most_common())]
+    for name in rounds[0] if rounds else ():
+        figures = [found[name] for found in rounds]
+        spread = f"{shown(min(figures))} to {shown(max(figures))}"
+        lines.append(f"{name}: median {shown(statistics.median(figures))} ({spread})")
+    return lines
+
+
+def shown(figure: float) -> str:
+    if figure != figure:  # not measured
+        return "-"
+    return f"{figure:.1f}" if figure < 100 else f"{figure:.0f}"
 
 
 def main() -> None:

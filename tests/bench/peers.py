@@ -42,6 +42,7 @@ from typing import Any
 import limits
 import programs
 from graphs import LAYERS, VOCAB, WIDTH
+from limits import shown
 
 ROOT = Path(__file__).resolve().parents[2]
 US, REFERENCE = "tinygpt2", "plain NumPy"
@@ -117,14 +118,20 @@ class Process:
         self.errors.close()
 
 
+BLOCKS = LAYERS * 12 * WIDTH * WIDTH  # the numbers in all matrices but the head
+
+
 def least_seconds(n: int, past: float, bandwidth: float, peak: float) -> float:
     """What computing `n` tokens after `past` others takes at least, by GB/s and by GFLOP/s."""
-    blocks = LAYERS * 12 * WIDTH * WIDTH
-    weights = blocks + LAYERS * 13 * WIDTH + (VOCAB + 2) * WIDTH
+    weights = BLOCKS + LAYERS * 13 * WIDTH + (VOCAB + 2) * WIDTH
     read = 4 * (weights + 2 * LAYERS * WIDTH * (past + n))
+    return max(read / bandwidth, operations(n, past, 1) / peak) / 1e9
+
+
+def operations(n: int, past: float, rows: int) -> float:
+    """Multiplications and additions of `n` tokens after `past` others, with `rows` of logits."""
     pairs = n * (past + (n + 1) / 2)  # of a query with a key that it sees
-    operations = 2 * (n * blocks + 2 * LAYERS * WIDTH * pairs + VOCAB * WIDTH)
-    return max(read / bandwidth, operations / peak) / 1e9
+    return 2 * (n * BLOCKS + 2 * LAYERS * WIDTH * pairs + rows * VOCAB * WIDTH)
 
 
 class Comparison:
@@ -135,7 +142,7 @@ class Comparison:
         self.processes: dict[str, Process] = {}
         self.notes: dict[str, str] = {}  # of each program: its version, or why it is left out
         self.figures: Figures = {column: collections.defaultdict(list) for column in COLUMNS}
-        self.limits: dict[str, list[float]] = collections.defaultdict(list)
+        self.limits: list[dict[str, float]] = []  # of each round
 
     def start(self, names: list[str], expected: list[float]) -> None:
         for name in names:
@@ -175,14 +182,12 @@ class Comparison:
         return figures
 
     def limit(self, n: int, count: int) -> list[tuple[str, str, float]]:
-        file = self.folder / programs.TinyGPT2.file
-        peak = self.machine.peak(self.threads)
-        self.limits["multiply-adds, GFLOP/s"].append(peak)
-        self.limits["ping-pong, ns"].append(self.machine.latency())
+        found = self.machine.now(self.threads, self.folder / programs.TinyGPT2.file)
+        self.limits.append(found)
+        peak = found["multiply-adds, GFLOP/s"]
         figures = []
-        for name, source in ((LIMIT, None), (MAPPED, file)):
-            bandwidth = self.machine.read(self.threads, source)
-            self.limits[name.replace("limit: ", "") + ", GB/s"].append(bandwidth)
+        for name in (LIMIT, MAPPED):
+            bandwidth = found[name.replace("limit: ", "") + ", GB/s"]
             figures.append((name, f"prompt of {n}", n / least_seconds(n, 0, bandwidth, peak)))
             if count:
                 seconds = least_seconds(1, n + count / 2, bandwidth, peak)
@@ -242,12 +247,6 @@ def median(figures: list[float] | None) -> float:
     return statistics.median(figures) if figures else float("nan")
 
 
-def shown(figure: float) -> str:
-    if figure != figure:  # not measured
-        return "-"
-    return f"{figure:.1f}" if figure < 100 else f"{figure:.0f}"
-
-
 def best_other(figures: dict[str, list[float]], less: bool) -> str | None:
     others = {name: median(figures[name]) for name in figures if name in programs.PEERS}
     others.pop(US, None)
@@ -282,11 +281,7 @@ def table(comparison: Comparison) -> str:
 
 def notes(comparison: Comparison) -> str:
     """What the machine could do, where its processors were, and which programs ran."""
-    states = collections.Counter(map(limits.state, comparison.limits["ping-pong, ns"]))
-    lines = [", ".join(f"{state} in {n} rounds" for state, n in states.most_common())]
-    for name, figures in comparison.limits.items():
-        spread = f"{shown(min(figures))} to {shown(max(figures))}"
-        lines.append(f"{name}: median {shown(median(figures))} ({spread})")
+    lines = limits.summary(comparison.limits)
     lines += [f"{name}: {note}" for name, note in comparison.notes.items()]
     return "\n".join(f"- {line}" for line in lines)
 
