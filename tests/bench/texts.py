@@ -24,23 +24,19 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import limits
 import numpy as np
+import peers
+import rows  # which adds the project's folder to the path
+from programs import prompt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import limits  # noqa: E402
-import peers  # noqa: E402
-import rows  # noqa: E402
-from programs import prompt  # noqa: E402
-
-import tinygpt2  # noqa: E402
+import tinygpt2
 
 LENGTHS = (136, 168, 200, 232, 256, 296, 344, 416)  # 256 on average
 NEW = 16
@@ -141,16 +137,11 @@ def restore(model: tinygpt2.Model) -> Iterator[Line]:
         path = Path(folder) / "saved.session"
         session.save(path)
 
-        def step() -> float:
-            seconds = timed(lambda: session.generate_ids([7], **STEP))
-            session.rewind(2)
-            return seconds
-
         yield Line(
             f"load {LONG} tokens, then a step",
             lambda: timed(lambda: model.load_session(path).generate_ids([7], **STEP)),
             "a step",
-            step,
+            lambda: step(session),
             lambda ours, other: 1000 * (ours - other),
             "ms more",
             "<= 20",
@@ -176,30 +167,32 @@ def score(model: tinygpt2.Model) -> Iterator[Line]:
         )
 
 
+def step(session: tinygpt2.Session) -> float:
+    """Seconds of computing one more token and choosing the next."""
+    seconds = timed(lambda: session.generate_ids([7], **STEP))
+    session.rewind(2)
+    return seconds
+
+
+def choices(session: tinygpt2.Session, kept: list[Any]) -> float:
+    """Seconds of one of several choices, from rows of logits."""
+    answer = session.begin((), False, {**FILTERS, "seed": 1}, False, None)
+    with session.model.workspace() as workspace:
+        each = [session.model.backend.kept(workspace, row) for row in kept]
+        return timed(lambda: [answer._choose(logits, 0) for logits in each]) / len(kept)
+
+
 def choose(model: tinygpt2.Model) -> Iterator[Line]:
     session = fed(model, 256)
     random = np.random.default_rng(0)
-
-    def step() -> float:
-        seconds = timed(lambda: session.generate_ids([7], **STEP))
-        session.rewind(2)
-        return seconds
-
     for name, spread in (("logits as trained", 3.0), ("flat logits", 0.5)):
         noise = spread * random.standard_normal((CHOICES, model.config.vocab_size), np.float32)
         kept = [model.backend.row_of(memoryview(row).cast("B")) for row in noise]
-
-        def choices() -> float:
-            answer = session.begin((), False, {**FILTERS, "seed": 1}, False, None)
-            with model.workspace() as workspace:
-                each = [model.backend.kept(workspace, row) for row in kept]
-                return timed(lambda: [answer._choose(logits, 0) for logits in each]) / CHOICES
-
         yield Line(
             f"a choice, all filters on, {name}",
-            choices,
+            lambda kept=kept: choices(session, kept),  # type: ignore[misc]
             "a step",
-            step,
+            lambda: step(session),
             lambda ours, other: 100 * ours / other,
             "% of its time",
             "<= 2",
