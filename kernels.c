@@ -117,16 +117,16 @@ TG_API void tg_cache_free(tg_cache *cache);
 
 /* The first n positions: copied between caches of one model; written to a snapshot, which is
  * keys[n_layer, n_head, up(n) / 16, head_size, 16] and values[n_layer, n_head, up(head_size) / 16,
- * n, 16], with zeros where there is no position or number; read from a snapshot. */
+ * n, 16], with zeros where there is no position or number; read from a snapshot.
+ *
+ * sums[n_layer, n_head, 2, 2, 16] tell whether a snapshot was changed. Those of a head's keys, and
+ * then of its values, are 16 sums of every 16th word (of 32 bits) and 16 sums of all values that
+ * those have had on the way, modulo 2^64. They are taken from the copy. */
 TG_API void tg_cache_copy(tg_cache *to, const tg_cache *from, int n);
-TG_API void tg_cache_dump(const tg_cache *cache, int n, float *keys, float *values);
-TG_API void tg_cache_restore(tg_cache *cache, int n, const float *keys, const float *values);
-
-/* Sums that tell whether a snapshot was changed: for each block of TG_SUM_WORDS words, 16 sums of
- * every 16th word and 16 sums of all values that those have had on the way. All modulo 2^64. n is a
- * multiple of 16. */
-enum { TG_SUM_WORDS = 1 << 18 };
-TG_API void tg_sums(const tg_model *model, const uint32_t *words, size_t n, uint64_t *sums);
+TG_API void tg_cache_dump(const tg_cache *cache, int n, float *keys, float *values,
+                          uint64_t *sums);
+TG_API void tg_cache_restore(tg_cache *cache, int n, const float *keys, const float *values,
+                             uint64_t *sums);
 
 /* All scratch memory that passes of up to tg_chunk rows need. NULL: no memory. */
 TG_API tg_pass *tg_pass_new(const tg_model *model);
@@ -1122,91 +1122,109 @@ static void parallel(int threads, unit_function *run, const void *job, int units
 typedef struct {
     const tg_cache *to;
     const tg_cache *from;
-    int n; /* positions */
+    int n;          /* positions */
+    uint64_t *sums; /* [n_layer, n_head, 2, 2, 16], of a snapshot; see the interface */
 } copy_job;
 
-/* One head of one layer. */
+typedef struct { /* one head of one layer */
+    float *keys;
+    float *values;
+} head_part;
+
+static head_part part_at(const tg_cache *cache, int unit) {
+    int layer = unit / cache->model->config.n_head;
+    int head = unit % cache->model->config.n_head;
+    return (head_part){keys_of(cache, layer, head), values_of(cache, layer, head)};
+}
+
 static void copy_unit(const void *argument, int unit) {
     const copy_job *job = argument;
-    const tg_model *m = job->from->model;
-    size_t d = m->head_size;
+    size_t d = job->from->model->head_size;
     size_t n = job->n;
-    int layer = unit / m->config.n_head;
-    int head = unit % m->config.n_head;
-    float *keys = keys_of(job->to, layer, head);
-    float *values = values_of(job->to, layer, head);
-    const float *old_keys = keys_of(job->from, layer, head);
-    const float *old_values = values_of(job->from, layer, head);
+    head_part to = part_at(job->to, unit);
+    head_part from = part_at(job->from, unit);
+    if (n == 0) return; /* there may be no memory */
 
-    memcpy(keys, old_keys, up(n) * d * sizeof(float));
+    memcpy(to.keys, from.keys, up(n) * d * sizeof(float));
     for (size_t e = 0; e < d; e += LANES)
-        memcpy(values + value_index(job->to, 0, e), old_values + value_index(job->from, 0, e),
+        memcpy(to.values + value_index(job->to, 0, e), from.values + value_index(job->from, 0, e),
                n * LANES * sizeof(float));
+}
+
+/* Adds n rows of 16 words to 16 sums and 16 sums of sums. */
+static void add_words(uint64_t sums[2][LANES], const void *rows, size_t n) {
+    const uint32_t(*words)[LANES] = rows;
+    for (size_t i = 0; i < n; i++) {
+        for (int lane = 0; lane < LANES; lane++) {
+            sums[0][lane] += words[i][lane];
+            sums[1][lane] += sums[0][lane];
+        }
+    }
+}
+
+/* The sums of what copy_unit has copied, which is in a cache of the processor. */
+static void sum_copy(const copy_job *job, int unit) {
+    size_t d = job->to->model->head_size;
+    size_t n = job->n;
+    head_part part = part_at(job->to, unit);
+    uint64_t sums[2][2][LANES] = {0};
+
+    add_words(sums[0], part.keys, up(n) / LANES * d);
+    for (size_t e = 0; e < d; e += LANES)
+        add_words(sums[1], part.values + value_index(job->to, 0, e), n);
+    memcpy(job->sums + unit * sizeof sums / sizeof *job->sums, sums, sizeof sums);
+}
+
+/* Zeros where a head of a snapshot has no position or no number. */
+static void clear_padding(const copy_job *job, int unit) {
+    size_t d = job->to->model->head_size;
+    size_t n = job->n;
+    head_part part = part_at(job->to, unit);
+
+    for (size_t position = n; position < up(n); position++)
+        for (size_t e = 0; e < d; e++) part.keys[key_index(job->to, position, e)] = 0;
+    for (size_t position = 0; position < n; position++)
+        for (size_t e = d; e < up(d); e++) part.values[value_index(job->to, position, e)] = 0;
+}
+
+static void dump_unit(const void *argument, int unit) {
+    copy_unit(argument, unit);
+    clear_padding(argument, unit);
+    sum_copy(argument, unit);
+}
+
+static void restore_unit(const void *argument, int unit) {
+    copy_unit(argument, unit);
+    sum_copy(argument, unit);
 }
 
 /* Fresh memory comes page by page when it is first written. So several threads pay even where one
  * could copy as fast as the memory can. */
-void tg_cache_copy(tg_cache *to, const tg_cache *from, int n) {
-    const tg_config *c = &from->model->config;
-    copy_job job = {.to = to, .from = from, .n = n};
-    double cost = 2.0 * n * c->n_embd * c->n_layer;
-    if (n > 0) parallel(from->model->threads, copy_unit, &job, c->n_layer * c->n_head, cost);
+static void copy_heads(copy_job job, unit_function *run) {
+    const tg_config *c = &job.from->model->config;
+    double cost = 2.0 * job.n * c->n_embd * c->n_layer;
+    parallel(job.from->model->threads, run, &job, c->n_layer * c->n_head, cost);
 }
 
-/* Zeros where one head of a snapshot of n positions has no position or no number. */
-static void clear_padding(const tg_cache *snapshot, int layer, int head, size_t n) {
-    size_t d = snapshot->model->head_size;
-    float *keys = keys_of(snapshot, layer, head);
-    float *values = values_of(snapshot, layer, head);
-    for (size_t position = n; position < up(n); position++)
-        for (size_t e = 0; e < d; e++) keys[key_index(snapshot, position, e)] = 0;
-    for (size_t position = 0; position < n; position++)
-        for (size_t e = d; e < up(d); e++) values[value_index(snapshot, position, e)] = 0;
+void tg_cache_copy(tg_cache *to, const tg_cache *from, int n) {
+    if (n > 0) copy_heads((copy_job){.to = to, .from = from, .n = n}, copy_unit);
 }
 
 /* A snapshot is a cache that has room for its n positions and no more. */
-void tg_cache_dump(const tg_cache *cache, int n, float *keys, float *values) {
-    const tg_config *c = &cache->model->config;
+void tg_cache_dump(const tg_cache *cache, int n, float *keys, float *values, uint64_t *sums) {
     tg_cache snapshot = {.model = cache->model, .positions = n, .keys = keys, .values = values};
-    tg_cache_copy(&snapshot, cache, n);
-    for (int layer = 0; layer < c->n_layer; layer++)
-        for (int head = 0; head < c->n_head; head++) clear_padding(&snapshot, layer, head, n);
+    copy_heads((copy_job){.to = &snapshot, .from = cache, .n = n, .sums = sums}, dump_unit);
 }
 
-void tg_cache_restore(tg_cache *cache, int n, const float *keys, const float *values) {
+void tg_cache_restore(tg_cache *cache, int n, const float *keys, const float *values,
+                      uint64_t *sums) {
     tg_cache snapshot = {
         .model = cache->model,
         .positions = n,
         .keys = (float *)keys, /* which are only read */
         .values = (float *)values,
     };
-    tg_cache_copy(cache, &snapshot, n);
-}
-
-typedef struct {
-    const uint32_t *words;
-    size_t n;
-    uint64_t *sums;
-} sum_job;
-
-static void sum_unit(const void *argument, int unit) {
-    const sum_job *job = argument;
-    size_t first = (size_t)unit * TG_SUM_WORDS;
-    size_t stop = job->n - first < TG_SUM_WORDS ? job->n : first + TG_SUM_WORDS;
-    uint64_t sums[2][LANES] = {0};
-    for (size_t i = first; i < stop; i += LANES) {
-        for (int lane = 0; lane < LANES; lane++) {
-            sums[0][lane] += job->words[i + lane];
-            sums[1][lane] += sums[0][lane];
-        }
-    }
-    memcpy(job->sums + (size_t)unit * 2 * LANES, sums, sizeof sums);
-}
-
-void tg_sums(const tg_model *model, const uint32_t *words, size_t n, uint64_t *sums) {
-    sum_job job = {.words = words, .n = n, .sums = sums};
-    int units = (int)((n + TG_SUM_WORDS - 1) / TG_SUM_WORDS);
-    parallel(model->threads, sum_unit, &job, units, (double)n);
+    copy_heads((copy_job){.to = cache, .from = &snapshot, .n = n, .sums = sums}, restore_unit);
 }
 
 /* ---- 9. The forward pass --------------------------------------------------------------------- */

@@ -1512,14 +1512,14 @@ class Cache(Protocol):
     def truncate(self, length: int) -> None:
         """Forget what is behind the first `length` tokens."""
 
-    def dump(self) -> tuple[memoryview, memoryview]:
-        """Keys and values in the form of `snapshot_layout`, as bytes."""
+    def dump(self) -> tuple[memoryview, memoryview, bytes]:
+        """Keys and values in the form of `snapshot_layout`, as bytes, and their sums.
 
-    def restore(self, keys: memoryview, values: memoryview, length: int) -> None:
-        """Take over what `dump` returned for `length` tokens."""
+        The sums tell whether a snapshot was changed. `tg_cache_dump` in kernels.c explains them.
+        """
 
-    def sums(self, data: memoryview) -> bytes:
-        """What tells whether the data of a snapshot was changed."""
+    def restore(self, keys: memoryview, values: memoryview, length: int) -> bytes:
+        """Take over what `dump` returned for `length` tokens; return its sums."""
 
 
 def snapshot_layout(config: Config, length: int) -> dict[str, Entry]:
@@ -1743,31 +1743,29 @@ class NumpyCache:
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
-    def dump(self) -> tuple[memoryview, memoryview]:
+    def dump(self) -> tuple[memoryview, memoryview, bytes]:
         keys, values = np.moveaxis(self.kv[:, :, :, : self.length], 1, 0)
         keys = pad_to_panels(keys, 2)  # [n_layer, n_head, up(T), head_size]
         values = pad_to_panels(values, 3)  # [n_layer, n_head, T, up(head_size)]
         keys = to_panels(keys.swapaxes(2, 3))  # [n_layer, n_head, up(T) / 16, head_size, 16]
         values = to_panels(values)  # [n_layer, n_head, up(head_size) / 16, T, 16]
-        return memoryview(keys.tobytes()), memoryview(values.tobytes())
+        sums = snapshot_sums(keys, values)
+        return memoryview(keys.tobytes()), memoryview(values.tobytes()), sums
 
-    def restore(self, keys: memoryview, values: memoryview, length: int) -> None:
+    def restore(self, keys: memoryview, values: memoryview, length: int) -> bytes:
         n_layer, _, n_head, _, d = self.kv.shape
         width = round_up(d, PANEL)
         k = np.frombuffer(keys, np.float32).reshape(n_layer, n_head, -(-length // PANEL), d, PANEL)
         v = np.frombuffer(values, np.float32).reshape(
             n_layer, n_head, width // PANEL, length, PANEL
         )
+        sums = snapshot_sums(k, v)
         k = k.swapaxes(3, 4).reshape(n_layer, n_head, round_up(length, PANEL), d)
         v = v.swapaxes(2, 3).reshape(n_layer, n_head, length, width)
         self.kv[:, 0, :, :length] = k[:, :, :length]
         self.kv[:, 1, :, :length] = v[..., :d]
         self.length = length
-
-    def sums(self, data: memoryview) -> bytes:
-        words = np.frombuffer(data, np.uint32)
-        blocks = [words[i : i + SUM_WORDS] for i in range(0, len(words), SUM_WORDS)]
-        return b"".join(block_sums(block.reshape(-1, PANEL)).tobytes() for block in blocks)
+        return sums
 
 
 def pad_to_panels(x: Array, axis: int) -> Array:
@@ -1783,14 +1781,17 @@ def to_panels(x: Array) -> Array:
     return x.reshape(n_layer, n_head, inputs, outputs // PANEL, PANEL).swapaxes(2, 3)
 
 
-SUM_WORDS = 1 << 18  # as TG_SUM_WORDS in kernels.c, which explains these sums
+def snapshot_sums(keys: Array, values: Array) -> bytes:
+    """The sums of a snapshot, head by head. Both [n_layer, n_head, panels, inputs, 16]"""
+    heads = (head for layer in zip(keys, values) for head in zip(*layer))
+    return b"".join(word_sums(x.reshape(-1, PANEL)).tobytes() for head in heads for x in head)
 
 
-def block_sums(words: Array) -> Array:
-    """uint32 [n, 16] -> uint64 [2, 16]: each lane's sum, and the sum of all its running sums."""
+def word_sums(x: Array) -> Array:
+    """Each lane's sum, and the sum of all its running sums. float32 [n, 16] -> uint64 [2, 16]"""
+    words = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
     remaining = np.arange(len(words), 0, -1, dtype=np.uint64)[:, None]  # [n, 1]
-    wide = words.astype(np.uint64)
-    return np.stack([wide.sum(axis=0), (wide * remaining).sum(axis=0)])
+    return np.stack([words.sum(axis=0), (words * remaining).sum(axis=0)])
 
 
 class NumpyWorkspace:
@@ -3621,7 +3622,7 @@ class SavedState(NamedTuple):
     dropped: int  # tokens that shifts have taken from the beginning
     finish_reason: Optional[str]
     seed: Optional[int]
-    sums: str  # of keys and values; see TG_SUM_WORDS in kernels.c
+    sums: str  # the SHA-256 of those of keys and values
     crc32: str  # of logits and tokens
 
 
@@ -3636,13 +3637,13 @@ def session_layout(config: Config, state: SavedState) -> dict[str, Entry]:
 def save_session(session: Session, path: str) -> None:
     config, tokens, row = session.model.config, session._tokens, session._logits
     cache = session._open_cache()
-    keys, values = cache.dump()
+    keys, values, sums = cache.dump()
     logits = b"" if row is None else bytes(memoryview(row).cast("B"))
     logits = logits.ljust(round_up(len(logits), ALIGNMENT), b"\0")
     words = struct.pack(f"<{len(tokens)}i", *tokens)
     outcome = session._dropped, session.finish_reason, session.seed
-    sums, crc = cache_sums(cache, keys, values), f"{zlib.crc32(logits + words):08x}"
-    state = SavedState(cache.length, len(tokens), row is not None, *outcome, sums, crc)
+    sums_and_crc = digest(sums), f"{zlib.crc32(logits + words):08x}"
+    state = SavedState(cache.length, len(tokens), row is not None, *outcome, *sums_and_crc)
     metadata = {
         "format": SESSION_FORMAT,
         "format_version": SESSION_VERSION,
@@ -3654,10 +3655,10 @@ def save_session(session: Session, path: str) -> None:
     write_tensors(path, session_layout(config, state), data, metadata, lambda file: None)
 
 
-def cache_sums(cache: Cache, keys: memoryview, values: memoryview) -> str:
+def digest(data: bytes) -> str:
     import hashlib
 
-    return hashlib.sha256(cache.sums(keys) + cache.sums(values)).hexdigest()
+    return hashlib.sha256(data).hexdigest()
 
 
 class Snapshot:
@@ -3723,12 +3724,12 @@ class Snapshot:
         return tokens, model.backend.row_of(logits[: 4 * size]) if state.has_logits else None
 
     def fill(self, cache: Cache) -> None:
-        """Check keys and values, and copy them into a cache."""
+        """Copy keys and values into a cache, and check the copy."""
         keys, values = self.file.view("keys", "B"), self.file.view("values", "B")
-        sums = cache_sums(cache, keys, values)
+        sums = digest(cache.restore(keys, values, self.state.cached))
         if sums != self.state.sums:
+            cache.truncate(0)
             self.refuse("tensors keys and values", f"the sums {quote(self.state.sums)}", sums)
-        cache.restore(keys, values, self.state.cached)
 
 
 class Model(GenerateMethods):
@@ -4376,9 +4377,8 @@ class Kernels:
             "tg_cache_new": (pointer, [pointer]),
             "tg_cache_free": (None, [pointer]),
             "tg_cache_copy": (None, [pointer, pointer, number]),
-            "tg_cache_dump": (None, [pointer, number, pointer, pointer]),
-            "tg_cache_restore": (None, [pointer, number, pointer, pointer]),
-            "tg_sums": (None, [pointer, pointer, c.c_size_t, c.POINTER(c.c_uint64)]),
+            "tg_cache_dump": (None, [pointer, number, pointer, pointer, c.c_char_p]),
+            "tg_cache_restore": (None, [pointer, number, pointer, pointer, c.c_char_p]),
             "tg_pass_new": (pointer, [pointer]),
             "tg_pass_free": (None, [pointer]),
             "tg_forward": (number, [pointer, spans, number]),
@@ -4470,25 +4470,24 @@ class CCache:
     def truncate(self, length: int) -> None:
         self.length = min(self.length, length)
 
-    def dump(self) -> tuple[memoryview, memoryview]:
+    def dump(self) -> tuple[memoryview, memoryview, bytes]:
         c, shapes = self.backend.kernels.c, snapshot_layout(self.backend.config, self.length)
         keys, values = ((c.c_char * byte_size(*shapes[name]))() for name in ("keys", "values"))
-        self.backend.library.tg_cache_dump(self.handle.pointer, self.length, keys, values)
-        return memoryview(keys).cast("B"), memoryview(values).cast("B")
+        sums, dump = self.new_sums(), self.backend.library.tg_cache_dump
+        dump(self.handle.pointer, self.length, keys, values, sums)
+        return memoryview(keys).cast("B"), memoryview(values).cast("B"), bytes(sums)
 
-    def restore(self, keys: memoryview, values: memoryview, length: int) -> None:
-        address_of = self.backend.kernels.address_of
+    def restore(self, keys: memoryview, values: memoryview, length: int) -> bytes:
+        address_of, sums = self.backend.kernels.address_of, self.new_sums()
         places = [address_of(data)[0] for data in (keys, values)]  # the caller holds both
-        self.backend.library.tg_cache_restore(self.handle.pointer, length, *places)
+        self.backend.library.tg_cache_restore(self.handle.pointer, length, *places, sums)
         self.length = length
-
-    def sums(self, data: memoryview) -> bytes:
-        kernels = self.backend.kernels
-        address = kernels.address_of(data)[0]  # the caller holds it
-        n_words = len(data) // 4
-        sums = (kernels.c.c_uint64 * (2 * PANEL * -(-n_words // SUM_WORDS)))()
-        self.backend.library.tg_sums(self.backend.model.pointer, address, n_words, sums)
         return bytes(sums)
+
+    def new_sums(self) -> Any:
+        """Room for the sums of a snapshot: uint64 [n_layer, n_head, 2, 2, 16]"""
+        config = self.backend.config
+        return (self.backend.kernels.c.c_char * (8 * config.n_layer * config.n_head * 4 * PANEL))()
 
 
 class CWorkspace:

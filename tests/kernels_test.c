@@ -486,6 +486,37 @@ static void go_on(tg_pass *pass, tg_cache *cache, const tg_config *c, int start,
                       c->vocab_size * sizeof(float)));
 }
 
+/* A cache as its snapshot: keys, values and the sums of both. */
+typedef struct {
+    float *keys;
+    float *values;
+    size_t n_keys, n_values;
+    uint64_t *sums;
+    size_t n_sums;
+} snapshot;
+
+static snapshot dump_of(const tg_cache *cache, int n) {
+    const tg_config *c = &cache->model->config;
+    size_t heads = (size_t)c->n_layer * c->n_head;
+    size_t d = cache->model->head_size;
+    snapshot s = {.n_keys = heads * up(n) * d, .n_values = heads * up(d) * n, .n_sums = heads * 64};
+    s.keys = malloc((s.n_keys + 1) * sizeof *s.keys);
+    s.values = malloc((s.n_values + 1) * sizeof *s.values);
+    s.sums = malloc((s.n_sums + 1) * sizeof *s.sums);
+    CHECK(s.keys && s.values && s.sums);
+    s.keys[s.n_keys] = s.values[s.n_values] = 77;
+    s.sums[s.n_sums] = 77;
+    tg_cache_dump(cache, n, s.keys, s.values, s.sums);
+    CHECK(s.keys[s.n_keys] == 77 && s.values[s.n_values] == 77 && s.sums[s.n_sums] == 77);
+    return s;
+}
+
+static void free_snapshot(snapshot s) {
+    free(s.keys);
+    free(s.values);
+    free(s.sums);
+}
+
 static void test_cache(const tg_config *c, const answer *expected) {
     example e = new_example(*c, 0);
     tg_model *model = new_model(&e, NULL, 1);
@@ -497,25 +528,25 @@ static void test_cache(const tg_config *c, const answer *expected) {
     for (int n = 0; n < c->n_positions; n += 13) {
         tg_cache *copy = new_cache(model);
         tg_cache *restored = new_cache(model);
-        size_t size = (size_t)2 * c->n_layer * n * c->n_embd;
-        float *rows_of_first = malloc((size + 1) * sizeof(float));
-        float *rows_of_copy = malloc((size + 1) * sizeof(float));
-        CHECK(rows_of_first && rows_of_copy);
-        rows_of_first[size] = rows_of_copy[size] = 77;
-
         poison(copy);
         poison(restored);
         tg_cache_copy(copy, first, n);
-        tg_cache_dump(first, n, rows_of_first);
-        tg_cache_dump(copy, n, rows_of_copy);
-        CHECK(!memcmp(rows_of_first, rows_of_copy, (size + 1) * sizeof(float)));
-        CHECK(rows_of_first[size] == 77);
-        tg_cache_restore(restored, n, rows_of_first);
+        snapshot of_first = dump_of(first, n);
+        snapshot of_copy = dump_of(copy, n);
+        CHECK(!memcmp(of_first.keys, of_copy.keys, of_first.n_keys * sizeof(float)));
+        CHECK(!memcmp(of_first.values, of_copy.values, of_first.n_values * sizeof(float)));
+
+        uint64_t *sums = malloc(of_first.n_sums * sizeof *sums);
+        CHECK(sums != NULL);
+        tg_cache_restore(restored, n, of_first.keys, of_first.values, sums);
+        CHECK(!memcmp(sums, of_first.sums, of_first.n_sums * sizeof *sums));
+        CHECK(!memcmp(sums, of_copy.sums, of_first.n_sums * sizeof *sums));
         go_on(pass, copy, c, n, expected);
         go_on(pass, restored, c, n, expected);
 
-        free(rows_of_first);
-        free(rows_of_copy);
+        free(sums);
+        free_snapshot(of_first);
+        free_snapshot(of_copy);
         tg_cache_free(copy);
         tg_cache_free(restored);
     }
@@ -525,7 +556,20 @@ static void test_cache(const tg_config *c, const answer *expected) {
     free_example(&e);
 }
 
-/* A dump is [n_layer, 2, n_head, n, head_size], keys before values. */
+/* The sums of n numbers, as the interface defines them. */
+static void check_sums(const float *numbers, size_t n, const uint64_t *found) {
+    uint64_t sums[2 * LANES] = {0};
+    for (size_t i = 0; i < n; i++) {
+        uint32_t word;
+        memcpy(&word, numbers + i, sizeof word);
+        sums[i % LANES] += word;
+        sums[LANES + i % LANES] += sums[i % LANES];
+    }
+    CHECK(!memcmp(sums, found, sizeof sums));
+}
+
+/* A snapshot is keys[n_layer, n_head, up(n) / 16, head_size, 16] and values[n_layer, n_head,
+ * up(head_size) / 16, n, 16], with zeros where there is no position or number. */
 static void test_dump_order(void) {
     enum { N = 20 };
     const tg_config *c = largest;
@@ -534,26 +578,33 @@ static void test_dump_order(void) {
     tg_pass *pass = new_pass(model);
     tg_cache *cache = new_cache(model);
     size_t d = c->n_embd / c->n_head;
-    float *out = malloc((size_t)2 * c->n_layer * N * c->n_embd * sizeof(float));
+    size_t key_size = up(N) * d;
+    size_t value_size = up(d) * N;
     int32_t tokens[POSITIONS];
-    CHECK(out != NULL);
     text_of(c, 1, tokens);
+    poison(cache);
     forward_one(pass, cache, tokens, N, 0);
-    tg_cache_dump(cache, N, out);
+    snapshot s = dump_of(cache, N);
 
-    const float *row = out;
-    for (int layer = 0; layer < c->n_layer; layer++)
-        for (int which = 0; which < 2; which++)
-            for (int head = 0; head < c->n_head; head++)
-                for (size_t i = 0; i < N; i++, row += d)
-                    for (size_t j = 0; j < d; j++) {
-                        size_t key = (i / LANES * d + j) * LANES + i % LANES;
-                        size_t value = (j / LANES * c->n_positions + i) * LANES + j % LANES;
-                        CHECK(row[j] == (which ? values_of(cache, layer, head)[value]
-                                               : keys_of(cache, layer, head)[key]));
-                    }
+    for (int head = 0; head < c->n_layer * c->n_head; head++) {
+        const float *keys = s.keys + head * key_size;
+        const float *values = s.values + head * value_size;
+        const float *old_keys = keys_of(cache, head / c->n_head, head % c->n_head);
+        const float *old_values = values_of(cache, head / c->n_head, head % c->n_head);
+        for (size_t i = 0; i < up(N); i++) {
+            for (size_t j = 0; j < up(d); j++) {
+                size_t key = (i / LANES * d + j) * LANES + i % LANES;
+                size_t value = (j / LANES * N + i) * LANES + j % LANES;
+                size_t old_value = (j / LANES * c->n_positions + i) * LANES + j % LANES;
+                if (j < d) CHECK(keys[key] == (i < N ? old_keys[key] : 0));
+                if (i < N) CHECK(values[value] == (j < d ? old_values[old_value] : 0));
+            }
+        }
+        check_sums(keys, key_size, s.sums + 64 * head);
+        check_sums(values, value_size, s.sums + 64 * head + 32);
+    }
 
-    free(out);
+    free_snapshot(s);
     tg_cache_free(cache);
     tg_pass_free(pass);
     tg_model_free(model);
