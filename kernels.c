@@ -33,6 +33,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define TG_API __attribute__((visibility("default")))
 #define LANES 16      /* outputs side by side in a panel */
@@ -1198,8 +1201,25 @@ static void restore_unit(const void *argument, int unit) {
     sum_copy(argument, unit);
 }
 
-/* Fresh memory comes page by page when it is first written. So several threads pay even where one
- * could copy as fast as the memory can. */
+/* Fresh memory comes page by page when it is first written, which takes longer than the copying. So
+ * memory of which three quarters will be used is wanted in pages of 2 MB, where the system has
+ * them. A cache that fills slowly is better off with small ones. */
+static void prefer_large_pages(const tg_cache *cache, int n) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21;
+    const tg_config *c = &cache->model->config;
+    size_t heads = (size_t)c->n_layer * c->n_head;
+    uintptr_t end = (uintptr_t)(cache->values + heads * cache->positions * up(cache->model->head_size));
+    uintptr_t start = ((uintptr_t)cache->keys + page - 1) / page * page;
+    if (n > cache->positions / 4 * 3 && start < end / page * page)
+        madvise((void *)start, end / page * page - start, MADV_HUGEPAGE);
+#else
+    (void)cache, (void)n;
+#endif
+}
+
+/* Several threads pay even where one could copy as fast as the memory can, as they share the work
+ * of providing memory. */
 static void copy_heads(copy_job job, unit_function *run) {
     const tg_config *c = &job.from->model->config;
     double cost = 2.0 * job.n * c->n_embd * c->n_layer;
@@ -1207,6 +1227,7 @@ static void copy_heads(copy_job job, unit_function *run) {
 }
 
 void tg_cache_copy(tg_cache *to, const tg_cache *from, int n) {
+    prefer_large_pages(to, n);
     if (n > 0) copy_heads((copy_job){.to = to, .from = from, .n = n}, copy_unit);
 }
 
@@ -1224,6 +1245,7 @@ void tg_cache_restore(tg_cache *cache, int n, const float *keys, const float *va
         .keys = (float *)keys, /* which are only read */
         .values = (float *)values,
     };
+    prefer_large_pages(cache, n);
     copy_heads((copy_job){.to = cache, .from = &snapshot, .n = n, .sums = sums}, restore_unit);
 }
 
