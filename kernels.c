@@ -843,6 +843,8 @@ struct tg_pass {
     int first_logits, n_logits; /* these wanted rows are there */
 
     candidate *candidates; /* [vocab_size] */
+    candidate *sorted;     /* [vocab_size], in buckets; */
+    int *starts;           /* [vocab_size + 2], of these */
     double *heap;          /* [vocab_size] */
     float *weights;        /* [up(vocab_size)] */
 };
@@ -945,6 +947,8 @@ static tg_pass *take_pass(const tg_model *m, arena *memory) {
     made.sums = take_rows(memory, attention_rows, m->head_size);
     made.logits = take_rows(memory, LOGIT_ROWS, words);
     made.candidates = take(memory, words, sizeof *made.candidates);
+    made.sorted = take(memory, words, sizeof *made.sorted);
+    made.starts = take(memory, words + 2, sizeof *made.starts);
     made.heap = take(memory, words, sizeof *made.heap);
     made.weights = take(memory, up(words), sizeof *made.weights);
     if (pass) memcpy(pass, &made, sizeof made);
@@ -1680,7 +1684,7 @@ static double gumbel_bound(uint64_t hash) {
 /* A score as the draw and the filters need it: the difference from the best one, by temperature.
  * Nothing overflows upwards. */
 static double relative(double score, double best, double temperature) {
-    return score == best ? 0 : (score - best) / temperature;
+    return (score - best) / temperature;
 }
 
 /* The draw. Nearly all tokens are skipped by the bound, which costs a hash, a multiplication and a
@@ -1689,7 +1693,7 @@ static double relative(double score, double best, double temperature) {
 static int32_t draw(const tg_kernels *kernels, const candidate *c, int n, double best_score,
                     const tg_options *o) {
     uint64_t key = key_of(o->seed, o->position);
-    double inverse = 1 / o->temperature;
+    double inverse = fmin(1 / o->temperature, 0x1p1023); /* finite, so that the bound is one */
     double best = -INFINITY;
     int32_t token = TG_NO_TOKEN;
     for (int i = 0; i < n; i++) {
@@ -1792,11 +1796,41 @@ static double weigh(tg_pass *p, int n, double best, double temperature) {
     return sum;
 }
 
+/* Copies every candidate, as a branch that the processor cannot predict would cost more. */
 static int keep_weights(candidate *c, int n, double least) {
     int kept = 0;
-    for (int i = 0; i < n; i++)
-        if (c[i].weight >= least) c[kept++] = c[i];
+    for (int i = 0; i < n; i++) {
+        candidate next = c[i];
+        c[kept] = next;
+        kept += next.weight >= least;
+    }
     return kept;
+}
+
+/* Candidates in buckets, each of which holds better ones than the next. */
+typedef struct {
+    int count;
+    double best;      /* score */
+    double per_score; /* buckets */
+    int *starts;      /* [count + 2]: bucket i has the candidates from starts[i] to starts[i + 1] */
+} buckets;
+
+static int bucket_of(const buckets *b, candidate c) {
+    return (int)((b->best - c.score) * b->per_score);
+}
+
+/* Copies n candidates to `out`, in n buckets of equal ranges of scores. So most buckets have few,
+ * and little is left to be sorted. */
+static void fill_buckets(buckets *b, const candidate *c, int n, candidate *out) {
+    double range = 0;
+    for (int i = 0; i < n; i++) range = fmax(range, b->best - c[i].score);
+    b->count = n;
+    b->per_score = range > 1e-300 ? (n - 1) / range : 0; /* which does not overflow */
+
+    memset(b->starts, 0, (n + 2) * sizeof *b->starts);
+    for (int i = 0; i < n; i++) b->starts[bucket_of(b, c[i]) + 2]++;
+    for (int i = 0; i < n; i++) b->starts[i + 2] += b->starts[i + 1];
+    for (int i = 0; i < n; i++) out[b->starts[bucket_of(b, c[i]) + 1]++] = c[i];
 }
 
 /* Keeps the fewest best that hold at least the part top_p of the probability. The tokens that
@@ -1808,14 +1842,20 @@ static int keep_top_p(tg_pass *p, int n, double best, const tg_options *o) {
 
     double sum = weigh(p, n, best, o->temperature);
     n = keep_weights(c, n, (1 - o->top_p) * sum / n);
-    make_heap(c, n);
+    buckets b = {.best = best, .starts = p->starts};
+    fill_buckets(&b, c, n, p->sorted);
     int kept = 0;
     double held = 0;
-    while (kept < n && (kept == 0 || held < o->top_p * sum)) {
-        held += take_best(c, n - kept).weight;
-        kept++;
+    for (int i = 0; i < b.count; i++) {
+        candidate *bucket = p->sorted + b.starts[i];
+        int left = b.starts[i + 1] - b.starts[i];
+        make_heap(bucket, left);
+        for (; left > 0; left--) {
+            if (kept > 0 && held >= o->top_p * sum) return kept;
+            c[kept] = take_best(bucket, left);
+            held += c[kept++].weight;
+        }
     }
-    memmove(c, c + n - kept, kept * sizeof *c);
     return kept;
 }
 

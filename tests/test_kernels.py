@@ -967,6 +967,19 @@ def test_choices_over_many_places(isa: str) -> None:
 
 
 @on_every_isa
+def test_temperatures_whose_inverse_is_infinite(isa: str) -> None:
+    """Scores that differ by as little as the temperature are still drawn, in any order."""
+    size = 300
+    chooser = Chooser(size, isa)
+    logits = np.zeros(size, np.float32)
+    for temperature, position in itertools.product((1e-310, 5e-324), range(20)):
+        for raised in (range(0, size, 2), range(size // 2), range(size // 2, size)):
+            bias = dict.fromkeys(raised, temperature)
+            how = How(temperature, bias=bias, position=position)
+            assert chooser.choose(logits, how) == (DONE, int(keys_of(logits, how).argmax()))
+
+
+@on_every_isa
 def test_top_p_at_its_boundary(isa: str) -> None:
     """Of four equal tokens, the first two hold one half exactly: the third is not needed."""
     chooser = Chooser(4, isa)
