@@ -623,13 +623,15 @@ def remove_unlocked(path: str) -> None:
                 os.unlink(path)
 
 
-def lock(file: BinaryIO, wait: bool) -> bool:
-    """Lock a file until it is closed. False if another has it locked, or nothing can be locked."""
+def lock(file: BinaryIO, wait: bool) -> Optional[bool]:
+    """Lock a file until it is closed. False if another has it locked, None if nothing can be."""
     try:
         fcntl: Any = importlib.import_module("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except (ImportError, OSError):  # Windows, or a file system without locks
+    except BlockingIOError:
         return False
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return None
     return True
 
 
@@ -2344,7 +2346,7 @@ class Expression:
             raise TinyGPT2Error(f"option regex: needs the package regex ({advice})") from None
         try:
             self.pattern = regex.compile(pattern)
-        except regex.error as error:
+        except (regex.error, RecursionError) as error:
             raise InputError(f"option regex: {error}, in {quote(pattern)}") from None
         self.kinds = character_kinds(regex, pattern)
         self.candidates: dict[bytes, str] = {}  # by the first bytes of a character
@@ -3143,16 +3145,14 @@ def next_beams(beams: Sequence[Beam]) -> list[Beam]:
     return [beam._replace(session=session) for session, beam in zip(sessions, beams)]
 
 
-def run_all(answers: Iterator[Answer], batch_size: int) -> Iterator[tuple[int, Answer]]:
-    """Compute answers of one model, `batch_size` at a time; the next begins when one ends.
+def run_all(answers: Iterator[tuple[int, Answer]], batch_size: int) -> Iterator[tuple[int, Answer]]:
+    """Compute numbered answers of one model, `batch_size` at a time; the next begins when one ends.
 
-    Yields the answers with their numbers, in the order in which they end. Every text is what it is
-    alone, to the bit in C.
+    Yields them in the order in which they end. Every text is what it is alone, to the bit in C.
     """
-    numbered = enumerate(answers)
     active: list[tuple[int, Answer]] = []
     while True:
-        active += itertools.islice(numbered, batch_size - len(active))
+        active += itertools.islice(answers, batch_size - len(active))
         if not active:
             return
         advance(active[0][1].session.model, [answer for _, answer in active])
@@ -3966,7 +3966,7 @@ class Model(GenerateMethods):
             for text, first in zip(texts, seeds)
             for derived in derived_seeds(first, n if several == 1 else 1)
         )
-        done = dict(run_all(answers, size))
+        done = dict(run_all(enumerate(answers), size))
         ordered = [done[number] for number in range(len(done))]
         if several > 1:
             return [result for answer in ordered for result in answer.results(n)]
@@ -5130,7 +5130,8 @@ def print_error(error: object) -> None:
 
 def flag_of(option: str) -> str:
     """The command line's name of an option."""
-    return "--max-tokens" if option == "max_new_tokens" else "--" + option.replace("_", "-")
+    names = {"max_new_tokens": "--max-tokens", "bad_words": "--bad-word"}
+    return names.get(option) or "--" + option.replace("_", "-")
 
 
 def drop_output() -> None:
@@ -5350,12 +5351,8 @@ def read_input(errors: str) -> str:
     if sys.stdin is None:
         raise InputError("standard input is closed")
     data = sys.stdin.buffer.read()
-    marks = [mark for mark in BYTE_ORDER_MARKS if data.startswith(mark)]
-    mark = marks[0] if marks else b""
-    encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
-    if not mark and errors == "strict":
-        refuse_unmarked(data)
-    text = decode(data, len(mark), encoding, "standard input", errors)
+    start, encoding = byte_order_mark(data, "standard input", errors)
+    text = decode(data, start, encoding, "standard input", errors)
     return re.sub(r"\r?\n\Z", "", text)
 
 
@@ -5368,12 +5365,22 @@ BYTE_ORDER_MARKS = {  # the longer ones first, as that of UTF-32 begins like tha
 }
 
 
-def refuse_unmarked(data: bytes) -> None:
+def byte_order_mark(data: bytes, name: str, errors: str) -> tuple[int, str]:
+    """The length of the mark with which a file begins, and the encoding that it tells."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            return len(mark), encoding
+    if errors == "strict":
+        refuse_unmarked(data, name)
+    return 0, "utf-8"
+
+
+def refuse_unmarked(data: bytes, name: str) -> None:
     """Raise an error for UTF-16 without a mark: Latin letters look like UTF-8 with null bytes."""
     if len(data) >= 4 and b"\0\0" in (data[0:4:2], data[1:4:2]):
         found = "a null byte beside each letter, as in UTF-16 without a byte order mark"
         advice = "convert it to UTF-8, or let `--errors replace` read the null bytes too"
-        raise InputError(f"standard input: expected UTF-8, found {found}; {advice}")
+        raise InputError(f"{name}: expected UTF-8, found {found}; {advice}")
 
 
 def argument_text(text: str, name: str, errors: str) -> str:
@@ -5398,66 +5405,88 @@ def decode(data: bytes, start: int, encoding: str, name: str, errors: str) -> st
 
 
 def run_generate(options: Arguments) -> None:
-    if (options.batch is None) != (options.out is None):
-        raise InputError("--batch FILE needs --out FILE, and --out needs --batch")
     options.stop = [argument_text(text, "--stop", options.errors) for text in options.stop]
     prompt = read_prompt(options)
-    if options.batch is not None and prompt is not None:
-        raise InputError("--batch: its prompts are in the file; leave --prompt and --ids out")
-    if options.batch is None and prompt is None and not (sys.stdin and sys.stdin.isatty()):
+    is_batch = check_batch_usage(options, prompt is not None)
+    if not is_batch and prompt is None and not (sys.stdin and sys.stdin.isatty()):
         raise InputError("no prompt: pass --prompt TEXT, or --prompt - to read standard input")
     choices = {name: getattr(options, name) for name in Options._fields if hasattr(options, name)}
     with load_model(options) as model:
-        if options.batch is not None:
-            check_options(
-                {**choices, "bad_words": model.words_of(choices.get("bad_words"))}, model.config
-            )
-            BatchRun(model, choices, options).run()
-        elif prompt is None:
-            check_options(choices, model.config)
-            interact(model, choices, options.special, options.errors)
-        else:
+        if prompt is not None:
             print_answer(model, prompt, choices, options)
+            return
+        model.begin([0], False, choices, False, None).session.close()  # are the options right?
+        if is_batch:
+            run_batch(model, choices, options)
+        else:
+            interact(model, choices, options.special, options.errors)
+
+
+def check_batch_usage(options: Arguments, has_prompt: bool) -> bool:
+    """Whether this is a batch. Refuse options that do not go together."""
+    if (options.batch is None) != (options.out is None):
+        raise InputError("--batch FILE needs --out FILE, and --out needs --batch")
+    if options.batch is None:
+        return False
+    positive("--batch-size", options.batch_size)
+    if has_prompt:
+        raise InputError("--batch: its prompts are in the file; leave --prompt and --ids out")
+    if options.text or options.json or options.stats:
+        raise InputError("--batch: its answers are JSON; leave --text, --json and --stats out")
+    return True
+
+
+# A batch reads a file of JSON lines and writes another one. Each line of the input is an object
+# with "prompt" (text) or "ids", and any options by their names in `Options`. Each line of the
+# output has "line", the number of its input line, and then text, ids, finish_reason and seed, or
+# "error" for a line that is wrong or whose answer failed. The lines are in the order of the input,
+# so the last one tells where a run that was stopped has to go on.
+
+MAX_LINE = 1 << 26  # bytes; a file with longer lines is of another kind
+ANOTHER_OUT = "it is not the output of this batch, and is left as it is; name another --out"
+
+
+def run_batch(model: Model, choices: dict[str, Any], options: Arguments) -> None:
+    """Answer the lines of one file in another. A run that was stopped goes on where it was."""
+    source, path = options.batch, options.out
+    check_regular("--batch", source)
+    total = sum(1 for _ in numbered_lines(source, options.errors))
+    with opened_output(path, source) as out:
+        done = finished_lines(out, path, total)
+        if done:
+            found = f"the answers up to line {done} are of an earlier run"
+            print(f"tinygpt2: {show_path(path)}: {found}", file=sys.stderr)
+        BatchRun(model, choices, options, out, total).run(done)
 
 
 class BatchRun:
-    """Answers the lines of a file, in order, into another file. A run that was killed goes on.
+    """Computes what is missing of a batch."""
 
-    Each line of the input is a JSON object with "prompt" (text) or "ids", and any options by their
-    names in `Options`. Each line of the output has "line", the number of its input line, and then
-    text, ids, finish_reason and seed, or "error" for a line that is wrong.
-    """
-
-    def __init__(self, model: Model, choices: dict[str, Any], options: Arguments) -> None:
+    def __init__(
+        self, model: Model, choices: dict[str, Any], options: Arguments, out: BinaryIO, total: int
+    ) -> None:
         self.model = model
         self.choices = choices
         self.options = options
+        self.out = out
+        self.total = total
+        self.progress = progress_bar()
         self.waiting: list[int] = []  # the numbers of lines that are not written yet, in order
-        self.numbers: list[int] = []  # of the lines that became answers
-        self.ready: dict[int, str] = {}
+        self.ready: dict[int, str] = {}  # lines of the output that wait for others before them
         self.n_bad = 0
 
-    def run(self) -> None:
-        path, progress = self.options.out, progress_bar()
-        total = sum(1 for _ in numbered_lines(self.options.batch))
-        with opened_output(path) as out:
-            if not lock(out, wait=False):
-                raise TinyGPT2Error(f"{show_path(path)}: another process writes it; wait for it")
-            done = finished_lines(out, path)
-            self.waiting.clear()
-            size = positive("--batch-size", self.options.batch_size)
-            for index, answer in run_all(self.answers(done), size):
-                self.finish(self.numbers[index], answer)
-                self.write(out)
-                if progress:
-                    progress("answers", self.numbers[index], total)
-            self.write(out)
+    def run(self, done: int) -> None:
+        """Answer the lines behind the first `done`."""
+        for number, answer in run_all(self.answers(done), self.options.batch_size):
+            self.finish(number, answer)
+        if self.progress and self.total:
+            self.progress("answers", self.total, self.total)
         if self.n_bad:
             print(f"tinygpt2: {self.n_bad} lines were wrong and skipped", file=sys.stderr)
 
-    def answers(self, done: int) -> Iterator[Answer]:
-        """The answers to the lines behind the first `done`."""
-        for number, line in numbered_lines(self.options.batch):
+    def answers(self, done: int) -> Iterator[tuple[int, Answer]]:
+        """The answers that are to be computed, with the numbers of their lines."""
+        for number, line in numbered_lines(self.options.batch, self.options.errors):
             if number <= done or not line.strip():
                 continue
             self.waiting.append(number)
@@ -5466,8 +5495,7 @@ class BatchRun:
             except InputError as error:
                 self.refuse(number, error)
             else:
-                self.numbers.append(number)
-                yield answer
+                yield number, answer
 
     def answer_to(self, line: bytes) -> Answer:
         try:
@@ -5478,73 +5506,149 @@ class BatchRun:
         if len(names) != 1:
             raise InputError('expected either "prompt" or "ids"')
         prompt = values.pop(names[0])
-        if isinstance(prompt, str) != (names[0] == "prompt"):
+        if not isinstance(prompt, str if names[0] == "prompt" else list):
             raise InputError('expected a text as "prompt", or a list of tokens as "ids"')
-        unknown = [name for name in values if name in ("allowed",) or name not in Options._fields]
-        if unknown:
-            raise InputError(f"unknown name {quote(unknown[0])}{near_name(unknown[0])}")
+        for name in values:
+            if name not in Options._fields:
+                raise InputError(f"unknown name {quote(name)}{near_name(name)}")
+        biases = values.get("logit_bias")
+        if isinstance(biases, dict):  # the names of JSON are texts
+            values["logit_bias"] = {as_id(token): bias for token, bias in biases.items()}
         choices = {**self.choices, **values}
         return self.model.begin(prompt, self.options.special, choices, False, None)
-
-    def refuse(self, number: int, error: TinyGPT2Error) -> None:
-        """Name a line that is wrong, or end the run."""
-        place = f"{show_path(self.options.batch)}: line {number}"
-        if self.options.bad_lines == "stop":
-            raise InputError(f"{place}: {error}")
-        print_error(f"{place}: {error}")
-        self.n_bad += 1
-        self.ready[number] = json.dumps({"line": number, "error": str(error)})
 
     def finish(self, number: int, answer: Answer) -> None:
         try:
             result = answer.result()
-        except (ConstraintError, ContextError) as error:
+        except (InputError, NumericError) as error:
             self.refuse(number, error)
             return
         values = {"line": number, "text": result.text, "ids": result.ids}
         outcome = {"finish_reason": result.finish_reason, "seed": result.seed}
-        self.ready[number] = json.dumps({**values, **outcome})
+        self.put(number, {**values, **outcome})
 
-    def write(self, out: BinaryIO) -> None:
-        """Write what is ready, as far as no line before it is missing."""
+    def refuse(self, number: int, error: TinyGPT2Error) -> None:
+        """Name a line that is wrong, or end the run."""
+        text = f"{show_path(self.options.batch)}: line {number}: {error}"
+        if self.progress:
+            print(f"\r{'':60}", end="\r", file=sys.stderr)  # in place of the bar
+        if self.options.bad_lines == "stop":
+            raise TinyGPT2Error(text)
+        print_error(text)
+        self.n_bad += 1
+        self.put(number, {"line": number, "error": str(error)})
+
+    def put(self, number: int, values: dict[str, Any]) -> None:
+        """Write a line of the output as soon as all before it are written."""
+        self.ready[number] = json.dumps(values)
         while self.waiting and self.waiting[0] in self.ready:
-            out.write(self.ready.pop(self.waiting.pop(0)).encode() + b"\n")
-        out.flush()
+            first = self.waiting.pop(0)
+            self.out.write(self.ready.pop(first).encode() + b"\n")
+            if self.progress and first < self.total:
+                self.progress("answers", first, self.total)
+        self.out.flush()
 
 
-def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, numbered from 1."""
+def as_id(token: str) -> Union[int, str]:
+    """A token id that JSON has as text; other texts are left to `check_options`."""
+    return int(token) if re.fullmatch("[0-9]{1,9}", token) else token
+
+
+def check_regular(flag: str, path: str) -> None:
+    """Refuse pipes and the like: a batch reads its files again when it goes on."""
+    try:
+        mode = os.stat(path).st_mode if path != "-" else None
+    except (OSError, ValueError) as error:
+        if flag == "--out" and isinstance(error, FileNotFoundError):
+            return
+        raise unreadable(path, error) from None
+    if mode is None or not stat.S_ISREG(mode):
+        found = "-" if mode is None else kind_of(mode)
+        advice = "a run that was stopped goes on by what the files hold"
+        raise InputError(f"{flag}: expected a regular file, found {found} ({advice})")
+
+
+def unreadable(path: str, error: Exception) -> FormatError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return FormatError(
+        path, "file", "a readable file", reason, "check the path and its permissions"
+    )
+
+
+def numbered_lines(path: str, errors: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file in UTF-8, numbered from 1. Its byte order mark tells its own encoding.
+
+    Bytes that are no text stay as they are, to be refused with their line, unless `errors` is
+    "replace".
+    """
+    import io
+
     try:
         with open(path, "rb") as file:
-            yield from enumerate(file, 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{show_path(path)}: {getattr(error, 'strerror', error)}") from None
+            start, encoding = byte_order_mark(file.read(4), show_path(path), errors)
+            file.seek(start)
+            handling = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+            handling = "replace" if errors == "replace" else handling
+            text = io.TextIOWrapper(file, encoding, handling, newline="\n")
+            for number in itertools.count(1):
+                line = text.readline(MAX_LINE)
+                if len(line) == MAX_LINE and not line.endswith("\n"):
+                    expected = f"at most {MAX_LINE} characters"
+                    raise FormatError(path, f"line {number}", expected, "more", "is it JSON lines?")
+                if not line:
+                    return
+                yield number, line.encode("utf-8", handling)
+    except (OSError, UnicodeError) as error:
+        raise unreadable(path, error) from None
 
 
-def opened_output(path: str) -> BinaryIO:
-    """A file that is read, and written at its end."""
+def opened_output(path: str, source: str) -> BinaryIO:
+    """The file of the answers: written at its end, and by this process alone."""
+    check_regular("--out", path)
+    if os.path.exists(path) and os.path.samefile(path, source):
+        raise InputError("--out: it is the file of --batch; name another one")
     try:
-        return open(path, "a+b")
+        out = open(path, "a+b")  # noqa: SIM115 (its caller closes it)
     except (OSError, ValueError) as error:
-        raise InputError(f"{show_path(path)}: {getattr(error, 'strerror', error)}") from None
+        raise cannot_write(path, getattr(error, "strerror", None) or str(error)) from None
+    if lock(out, wait=False) is False:
+        out.close()
+        raise TinyGPT2Error(f"{show_path(path)}: another process writes it; wait for it")
+    return out
 
 
-def finished_lines(out: BinaryIO, path: str) -> int:
-    """The number of the last input line whose answer is there. A line that a kill cut off goes."""
+def finished_lines(out: BinaryIO, path: str, total: int) -> int:
+    """The number of the last of `total` input lines whose answer is there.
+
+    A line that a kill has cut off is removed. A file that is something else is refused.
+    """
     out.seek(0)
     done = kept = 0
-    for line in out:
-        if not line.endswith(b"\n"):
-            break
-        values = parse_json_object(path, "content", line)
-        number = values.get("line")
-        if not isinstance(number, int) or number <= done:
-            expected = "the answers of an earlier run, with rising line numbers"
-            raise FormatError(path, "line", expected, quote(number), "name another --out")
+    line = out.readline(MAX_LINE)
+    while line.endswith(b"\n"):
+        number = line_number(line)
+        if number is None or not done < number <= total:
+            expected = f"rising line numbers, at most {total}, the lines of the input"
+            raise FormatError(path, "content", expected, quote(line), ANOTHER_OUT)
         done, kept = number, kept + len(line)
-    out.truncate(kept)
+        line = out.readline(MAX_LINE)
+    is_ours = done or b'{"line": '.startswith(line[:9])
+    if not is_ours or len(line) == MAX_LINE:
+        expected = f"lines of answers, none over {MAX_LINE} bytes"
+        raise FormatError(path, "content", expected, quote(line), ANOTHER_OUT)
+    if line:
+        out.truncate(kept)
     out.seek(0, os.SEEK_END)
     return done
+
+
+def line_number(line: bytes) -> Optional[int]:
+    """What a line of the output is the answer to; None for a line of another kind."""
+    try:
+        number = parse_json_object("", "line", line).get("line")
+    except FormatError:
+        return None
+    return number if is_count(number) else None
 
 
 def print_answer(model: Model, prompt: Prompt, choices: dict[str, Any], options: Arguments) -> None:

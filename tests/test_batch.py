@@ -84,7 +84,7 @@ def test_the_next_text_starts_when_one_ends(model: Model, monkeypatch: pytest.Mo
         model.begin("a", False, {"max_new_tokens": n, "logit_bias": {END: -np.inf}}, False, None)
         for n in counts
     )
-    done = list(tinygpt2.run_all(answers, 2))
+    done = list(tinygpt2.run_all(enumerate(answers), 2))
     assert [number for number, _ in done] == [1, 2, 3, 4, 0]
     assert sizes.count(2) >= 8
     assert len(sizes) <= 25  # about as many passes as the longest text has tokens
@@ -147,7 +147,7 @@ def test_an_error_of_one_text_is_raised_and_leaves_the_others(model: Model) -> N
             model.begin("a", False, {"max_new_tokens": 5, "seed": 1}, False, None),
         ]
     )
-    done = dict(tinygpt2.run_all(answers, 8))
+    done = dict(tinygpt2.run_all(enumerate(answers), 8))
     assert done[1].result().text == model.generate("a", max_new_tokens=5, seed=1)
     with pytest.raises(ConstraintError):
         done[0].result()
@@ -162,6 +162,6 @@ def test_memory_of_a_batch_is_that_of_batch_size_texts(model: Model) -> None:
             begun.append(number)
             yield model.begin("a", False, {"max_new_tokens": 2, "seed": number}, False, None)
 
-    for n_done, _ in enumerate(tinygpt2.run_all(answers(), 3), 1):
+    for n_done, _ in enumerate(tinygpt2.run_all(enumerate(answers()), 3), 1):
         assert len(begun) <= n_done + 3 + 3
     assert len(begun) == 20

@@ -1129,6 +1129,19 @@ def test_an_error_at_the_terminal_is_told_and_it_asks_again(toy_path: Path) -> N
         assert terminal.leave()[0] == 0
 
 
+@needs_pty
+@pytest.mark.slow
+def test_options_that_are_texts_at_the_terminal(speaker: Model, speaker_path: Path) -> None:
+    flags = ["--bad-word", "th", "--stop", "zz", "--seed", "1", "--max-tokens", "8"]
+    with Terminal("--model", speaker_path, *flags) as terminal:
+        terminal.until("> ")
+        terminal.type("The\n")
+        answer = speaker.generate("The", bad_words=["th"], seed=1, max_new_tokens=8)
+        assert terminal.until("> ").endswith(f"\n{answer}\n")
+        terminal.type(CTRL_D)
+        assert terminal.leave()[0] == 0
+
+
 NO_COERCION = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
