@@ -3008,6 +3008,8 @@ class Answer:
         for n in (16, 1024, session.model.config.vocab_size):
             order = logits.order(row, self.sampler, session.position, n)
             for token in order[done:]:
+                if self._is_cancelled:  # to try them all can take seconds
+                    raise CancelError
                 if self._fits(expression, token):
                     return token
             done = len(order)
@@ -3189,7 +3191,8 @@ def derived_seeds(seed: Any, n: int) -> list[Any]:
 class AsyncAnswer:
     """The pieces of an answer for `async for`, each computed in a thread of the loop's executor.
 
-    A task that is cancelled while it waits for a piece cancels the answer, too.
+    A task that is cancelled while it waits for a piece cancels the answer, too. When it has ended,
+    no thread uses the session any more.
     """
 
     def __init__(self, answer: Answer) -> None:
@@ -3201,24 +3204,43 @@ class AsyncAnswer:
     async def __anext__(self) -> str:
         import asyncio
 
-        step = asyncio.get_running_loop().run_in_executor(None, self.next_piece)
+        unclaimed = [None]  # what a thread takes before it begins: removing it is one step
+        step = asyncio.get_running_loop().run_in_executor(None, self.next_piece, unclaimed)
         try:
             piece = await asyncio.shield(step)
         except asyncio.CancelledError:
             self.answer.cancel()
-            await asyncio.wait([step])  # until then the thread uses the session
+            if is_claimed(unclaimed):
+                step.cancel()  # all threads were busy with other things
+            while not step.done():  # soon; a task can be cancelled several times
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([step])
+            if not step.cancelled():
+                step.exception()  # or else the loop complains that nobody has seen it
             raise
         if piece is None:
             raise StopAsyncIteration
         return piece
 
-    def next_piece(self) -> Optional[str]:
+    def next_piece(self, unclaimed: list[None]) -> Optional[str]:
         """None at the end, as StopIteration cannot pass through a future."""
-        return next(self.answer, None)
+        return next(self.answer, None) if is_claimed(unclaimed) else None
 
     async def aclose(self) -> None:
-        """End the answer."""
+        """End the answer. A thread that computes a piece of it ends soon after this call."""
         self.answer.cancel()
+        with contextlib.suppress(TinyGPT2Error):  # raised if it was ended by one
+            while self.answer.step():
+                pass
+
+
+def is_claimed(unclaimed: list[None]) -> bool:
+    """Whether this caller is the first to take what is in the list."""
+    try:
+        unclaimed.pop()
+    except IndexError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

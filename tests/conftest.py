@@ -269,6 +269,15 @@ def model_of_logits(folder: Path, logits: np.ndarray) -> Path:
     return folder / "m.tg2"
 
 
+@pytest.fixture(scope="session")
+def big_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that a processor has to work for, 19 million numbers."""
+    folder = tmp_path_factory.mktemp("big")
+    config = {"n_embd": 512, "n_layer": 6, "n_head": 8, "n_positions": 1024}
+    tinygpt2.convert(write_checkpoint(folder, config), folder / "big.tg2")
+    return folder / "big.tg2"
+
+
 # What every machine must give for the default model: its checksum, and the SHA-256 of the logits
 # after each token of the prompt, little-endian. A new default model needs a new one; a change of
 # kernels.c never does.

@@ -97,15 +97,6 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.array_equal(found.view(np.int32), expected.view(np.int32))
 
 
-@pytest.fixture(scope="session")
-def big_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that a processor has to work for, 19 million numbers."""
-    folder = tmp_path_factory.mktemp("big")
-    config = {"n_embd": 512, "n_layer": 6, "n_head": 8, "n_positions": 1024}
-    tinygpt2.convert(write_checkpoint(folder, config), folder / "big.tg2")
-    return folder / "big.tg2"
-
-
 # The same bits
 
 
