@@ -204,9 +204,9 @@ def from_a_saved_cache(model: Model, ids: list[int]) -> Found:
     cache, loaded = backend.new_cache(), backend.new_cache()
     backend.forward(workspace, [Span(cache, ids[:half], 0, 0)])
     cache.length = half
-    keys, values = cache.dump()
-    loaded.restore(keys, values, half)
-    assert loaded.dump() == (keys, values)
+    keys, values, sums = cache.dump()
+    assert loaded.restore(keys, values, half) == sums
+    assert loaded.dump() == (keys, values, sums)
     entries = tinygpt2.snapshot_layout(model.config, half)
     assert [len(keys), len(values)] == [tinygpt2.byte_size(*entry) for entry in entries.values()]
     rows = backend.forward(workspace, [Span(loaded.fork(), ids[half:], half, len(ids) - half)])
