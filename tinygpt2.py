@@ -2312,11 +2312,12 @@ def checked_tokens(values: Any, size: int) -> list[int]:
 
 REGEX_TIMEOUT = 1.0  # seconds for one token
 
-# The parts of a pattern that matter here; escapes and sets hide what looks like one of them.
+# The parts of a pattern that matter here; escapes, sets and comments hide what looks like one.
 PATTERN_PARTS = re.compile(
     r"""\\(?P<escape>.)
     | \[\^?\]?(?:\\.|[^\]\\])*\]
-    | (?P<group>\((?:\*|\?(?!P?<[A-Za-z_]|P=|(?:[aifLmsuwx-]|V[01])*[:)])).{0,2})
+    | \(\?\#[^)]*\)
+    | (?P<group>\((?:\*|\?(?!P?<[A-Za-z_]|P=|\||(?:[aifLmsuw-]|V[01])*[:)])).{0,2})
     | (?P<fuzzy>\{(?=[^}]*[eids])[eids0-9<=+,\ ]+(?::[^}]*)?\})
     | (?P<possessive>(?:[*+?]|\{[0-9,]*\})\+)""",
     re.VERBOSE | re.DOTALL,
@@ -2324,7 +2325,7 @@ PATTERN_PARTS = re.compile(
 # Partial matching says "maybe" for ever after some of these, although no text can follow.
 UNSUPPORTED = {
     "escape": "a word boundary, \\G, \\K or \\X",
-    "group": "look-around, an atomic group, a condition, recursion, a verb or a flag of: berp",
+    "group": "look-around, an atomic group, a condition, recursion, a verb, a flag b, e, p, r or x",
     "fuzzy": "a fuzzy match",
     "possessive": "a possessive quantifier",
 }
@@ -2362,10 +2363,9 @@ class Expression:
         try:
             found = self.pattern.fullmatch(text, partial=partial, timeout=REGEX_TIMEOUT)
         except TimeoutError:
-            advice = "a simpler expression is needed"
-            raise InputError(
-                f"option regex: one test took over {REGEX_TIMEOUT} s; {advice}"
-            ) from None
+            found = f"one test took over {REGEX_TIMEOUT} s"
+            text = f"option regex: {found}; a simpler expression is needed"
+            raise ConstraintError(text) from None
         return found is not None
 
     def accepts(self, data: bytes) -> bool:
@@ -2422,7 +2422,7 @@ def characters_from(start: bytes) -> str:
 
 # What matches a single character in a pattern: an escape, a set, a dot, a literal beyond ASCII.
 ONE_CHARACTER = re.compile(
-    r"\\(?:[pPN]\{[^}]*\}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)"
+    r"\\(?:[pPN]\{[^}]*\}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-7]{3}|0[0-7]?|.)"
     r"|\[\^?\]?(?:\\.|[^\]\\])*\]|\.|[^\x00-\x7f]",
     re.DOTALL,
 )
@@ -2886,10 +2886,11 @@ class Answer:
                 ids=beam.ids,
                 logprobs=None if best.logprobs is None else beam.logprobs,
                 finish_reason=beam.finish_reason,
+                timings=best.timings._replace(new_tokens=len(beam.ids)),
             )
             for beam in self.beams[1:n]
         ]
-        return [best, *others]
+        return [best, *others] if self.beams else [best] * n
 
     def timings(self) -> Timings:
         begun, now = self._times[0], self._times[-1]
@@ -2920,11 +2921,14 @@ class Answer:
             self._take_beams()
         elif len(self.ids) >= options.max_new_tokens:
             self._end("length")
-        elif time.monotonic() - self._times[0] >= options.max_time:
+        elif self._is_late():
             self._end("time")
         elif self.session._is_full():
             self._overflow(options)
         return self.is_done()
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._times[0] >= self.sampler.options.max_time
 
     def _take_beams(self) -> None:
         """The best beam of a search is the answer."""
@@ -2953,6 +2957,7 @@ class Answer:
         """The context is full: end, or make room."""
         if options.overflow == "shift":
             self.session._shift(options.keep)
+            self.sampler.seen = set(self.session._tokens)
         elif options.overflow == "error":
             positions = self.session.model.config.n_positions
             found = f"all {positions} positions are used"
@@ -2967,7 +2972,7 @@ class Answer:
             with naming_position(session.model, len(session) - 1):
                 token = self._choose(logits, row)
         except TinyGPT2Error as error:
-            self._error = error
+            self._error = self._with_answer(error)
             return
         if token == NO_CHOICE or token in self._ends:
             session._logits = logits.keep(row)
@@ -2992,15 +2997,25 @@ class Answer:
             raise self._no_way_on()
         return token
 
+    def _text(self) -> str:
+        """The text of the tokens so far, what is held back included."""
+        return self._tokenizer.decode(self.ids) if self._tokenizer else ""
+
+    def _with_answer(self, error: TinyGPT2Error) -> TinyGPT2Error:
+        """The error, which has the answer so far if it is one of constraints."""
+        if isinstance(error, ConstraintError):
+            return ConstraintError(error.message, self._text(), self.ids)
+        return error
+
     def _no_way_on(self) -> ConstraintError:
         """The error of an answer that is not complete, and that no token can follow."""
-        text = self._tokenizer.decode(self.ids) if self._tokenizer else ""
+        text = self._text()
         names = ("regex", "allowed", "bad_words", "logit_bias")
         options, plain = self.sampler.options, Options()
         given = [name for name in names if getattr(options, name) != getattr(plain, name)]
         found = f"no token can follow {quote(text)}" if self.ids else "no token can begin it"
         advice = "a model can be led into a corner; loosen them, or take another seed"
-        return ConstraintError(f"options {', '.join(given)}: {found} ({advice})", text, self.ids)
+        return ConstraintError(f"options {', '.join(given)}: {found} ({advice})")
 
     def _first_that_fits(self, expression: Expression, logits: Logits, row: int) -> int:
         """Of the tokens in the order of the choice, the first after which a match is possible."""
@@ -3008,7 +3023,7 @@ class Answer:
         for n in (16, 1024, session.model.config.vocab_size):
             order = logits.order(row, self.sampler, session.position, n)
             for token in order[done:]:
-                if self._is_cancelled:  # to try them all can take seconds
+                if self._is_cancelled or self._is_late():  # to try them all can take seconds
                     raise CancelError
                 if self._fits(expression, token):
                     return token
@@ -3077,13 +3092,22 @@ class Beam(NamedTuple):
     finish_reason: str = ""
 
 
+NOT_WITH_BEAMS = (
+    *("top_k", "top_p", "min_p", "repetition_penalty", "stop", "logit_bias", "bad_words"),
+    *("allowed", "regex", "max_time", "overflow", "keep"),
+)
+
+
 def beam_options(values: dict[str, Any], options: Options) -> Options:
     """Refuse what a beam search does not do. It is not random, so its temperature is 0."""
     if values.get("temperature"):
         raise InputError("option num_beams: beams are not drawn; leave temperature out")
-    for name in ("repetition_penalty", "stop", "logit_bias", "bad_words", "allowed", "regex"):
-        if values.get(name) and getattr(options, name) != getattr(Options(), name):
-            raise InputError(f"option num_beams: beams have no {name}; leave one of the two out")
+    for name in NOT_WITH_BEAMS:
+        is_own = name == "repetition_penalty"  # a model's own filters change no beam, but this does
+        value, plain = getattr(options, name), getattr(Options(), name)
+        if (is_own or values.get(name) is not None) and value != plain:
+            advice = f"leave one of the two out, or pass {name}={plain!r}"
+            raise InputError(f"option num_beams: beams have no {name}; {advice}")
     return options._replace(temperature=0.0)
 
 
@@ -3097,15 +3121,16 @@ def beam_search(answer: Answer) -> list[Beam]:
     n_beams = options.num_beams
     room = session.model.config.n_positions + 1 - len(session)
     limit = min(options.max_new_tokens, room)
+    cut = "length" if limit == options.max_new_tokens else "context"
     running = [Beam(0.0, [], [], session._fork())] if limit > 0 else []
     finished: list[Beam] = []
     while running:
         n_new = len(running[0].ids) + 1
         best = best_continuations(answer, running, max(2, 1 + len(answer._ends)) * n_beams)
-        over = [answer._ends.get(beam.ids[-1], "length" * (n_new == limit)) for beam in best]
+        over = [answer._ends.get(beam.ids[-1], cut * (n_new == limit)) for beam in best]
         for beam, reason in list(zip(best, over))[:n_beams]:
             if reason:
-                n_kept = n_new if reason == "length" else n_new - 1  # end tokens are left out
+                n_kept = n_new if reason == cut else n_new - 1  # end tokens are left out
                 ids, logprobs = beam.ids[:n_kept], beam.logprobs[:n_kept]
                 finished.append(Beam(beam.score / n_new, ids, logprobs, None, reason))
         finished = sorted(finished, key=lambda beam: -beam.score)[:n_beams]
@@ -3167,6 +3192,25 @@ def positive(name: str, value: object) -> int:
     if not count:
         raise InputError(f"{name}: expected a whole number from 1, found {quote(value)}")
     return count
+
+
+def prompt_list(name: str, prompts: Any) -> list[Any]:
+    """Several texts. A single one would be taken for its letters."""
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+        raise InputError(f"{name}: expected a list of texts, found {quote(prompts)}")
+    return list(prompts)
+
+
+@contextlib.contextmanager
+def naming_prompt(number: int) -> Iterator[None]:
+    """Say in an error to which prompt of a batch it belongs."""
+    try:
+        yield
+    except InputError as error:
+        text = f"prompts[{number}]: {error}"
+        if isinstance(error, ConstraintError):
+            raise ConstraintError(text, error.text, error.ids) from None
+        raise type(error)(text) from None
 
 
 def batch_seeds(seed: Any, n: int) -> list[Any]:
@@ -3515,6 +3559,8 @@ class Session(GenerateMethods):
             raise InputError(f"option keep: expected {expected}, found {options.keep}")
         if options.num_beams > 1:
             options = beam_options(values, options)
+            if n_alternatives:
+                raise InputError("logprobs: beams record no alternatives; pass 0 or None")
         if as_text or options.stop or options.regex is not None:
             self.model.need_tokenizer()
         with Turn(self):
@@ -3720,8 +3766,12 @@ class Snapshot:
             self.refuse(field, "the names of a session", sorted(values))
         state = SavedState(**values)
         counts = all(map(is_count, (state.cached, state.n_tokens, state.dropped)))
-        if not counts or not state.cached <= state.n_tokens <= config.n_positions + 1:
-            expected = f"cached <= n_tokens <= {config.n_positions + 1}, and a count dropped"
+        most = config.n_positions  # one more token than that may be there, but not its keys
+        if (
+            not counts
+            or not state.cached <= min(state.n_tokens, most) <= state.n_tokens <= most + 1
+        ):
+            expected = f"cached <= n_tokens <= {most + 1}, cached <= {most}, and a count dropped"
             self.refuse(field, expected, (state.cached, state.n_tokens, state.dropped))
         reason, seed = state.finish_reason, state.seed
         is_known = reason is None or isinstance(reason, str)
@@ -3911,8 +3961,8 @@ class Model(GenerateMethods):
 
     def words_of(self, words: Any) -> Any:
         """Bad words as sequences of tokens: a text as it stands, and after a space."""
-        if words is None or not isinstance(words, (str, list, tuple, set, frozenset)):
-            return words
+        if isinstance(words, (bytes, dict)) or not isinstance(words, Iterable):
+            return words  # None, or what `check_options` refuses
         sequences: list[Any] = []
         for word in (words,) if isinstance(words, str) else words:
             if isinstance(word, str):
@@ -3978,21 +4028,34 @@ class Model(GenerateMethods):
         values = {**dict(zip(Options._fields, choices)), **unknown}
         size = positive("batch_size", batch_size)
         n = positive("num_return_sequences", num_return_sequences)
-        texts = list(prompts)
+        texts = prompt_list("prompts", prompts)
         seeds = batch_seeds(seed, len(texts))
         several = as_count(num_beams) or 1
         if several > 1 and n > several:
             raise InputError(f"num_return_sequences: expected at most num_beams, found {n}")
-        answers = (
-            self.begin(text, special, {**values, "seed": derived}, False, logprobs)
-            for text, first in zip(texts, seeds)
-            for derived in derived_seeds(first, n if several == 1 else 1)
-        )
-        done = dict(run_all(enumerate(answers), size))
-        ordered = [done[number] for number in range(len(done))]
-        if several > 1:
-            return [result for answer in ordered for result in answer.results(n)]
-        return [answer.result() for answer in ordered]
+        each = n if several == 1 else 1  # answers to a prompt
+        answers = self._begun_batch(texts, special, values, seeds, each, logprobs)
+        done: dict[int, list[Result]] = {}
+        for number, answer in run_all(enumerate(answers), size):
+            with naming_prompt(number // each):
+                done[number] = answer.results(n) if several > 1 else [answer.result()]
+        return [result for number in range(len(done)) for result in done[number]]
+
+    def _begun_batch(
+        self,
+        texts: list[Prompt],
+        special: bool,
+        values: dict[str, Any],
+        seeds: list[Any],
+        each: int,
+        logprobs: Optional[SupportsIndex],
+    ) -> Iterator[Answer]:
+        """`each` answers to each text."""
+        for number, (text, first) in enumerate(zip(texts, seeds)):
+            for derived in derived_seeds(first, each):
+                with naming_prompt(number):
+                    answer = self.begin(text, special, {**values, "seed": derived}, False, logprobs)
+                yield answer
 
     def logits(self, prompt: Prompt, special: bool = False) -> FloatArray:
         """The logits after every token of a prompt, float32 [number of tokens, vocab_size]."""
@@ -4037,7 +4100,8 @@ class Model(GenerateMethods):
         `contexts` has one for each text (text or token ids), which the text follows instead of the
         model's `start_tokens`. A context is not scored.
         """
-        return list(self._scores(prompts, contexts, special, top, None))
+        texts = prompt_list("prompts", prompts)
+        return list(self._scores(texts, contexts, special, top, None))
 
     def rank(self, prompt: str, endings: Iterable[str], special: bool = False) -> list[Ranked]:
         """How probable each ending is after a prompt, the most probable first.
@@ -4045,7 +4109,7 @@ class Model(GenerateMethods):
         A space between the two belongs to the ending, wherever it stands. The prompt is computed
         once.
         """
-        texts: list[Any] = [endings] if isinstance(endings, str) else list(endings)
+        texts = prompt_list("endings", endings)
         if not all(isinstance(text, str) for text in (prompt, *texts)):
             raise InputError(
                 f"rank: expected a text and texts that may follow, found {quote(texts)}"
@@ -4055,19 +4119,16 @@ class Model(GenerateMethods):
         gap = prompt[len(begin) :]
         context = [*start, *self.tokens_of(begin, special, False)]
         wholes = [[*start, *self.tokens_of(begin + gap + e, special, False)] for e in texts]
-        known = [max(1, shared_length(context, whole)) for whole in wholes]
-        n_common = min([len(context), *known])
+        # An ending can change the prompt's last tokens. All are scored from the first that differs.
+        n = min([len(context), *(max(1, shared_length(context, whole)) for whole in wholes)])
         with self.session() as session:
-            session.feed(context[:n_common])
-            windows = (
-                Window(whole, n, session.fork())
-                for whole, n in zip(wholes, known)
-                if n < len(whole)
-            )
-            scored = list(self._window_scores(windows, None))
+            session.feed(context[:n])
+            scored = [whole for whole in wholes if n < len(whole)]
+            windows = (Window(whole, n, session.fork()) for whole in scored)
+            scores = iter(list(self._window_scores(windows, None)))
         ranked: list[Ranked] = []
-        for number, (text, whole, n) in enumerate(zip(texts, wholes, known)):
-            values = [score.logprob for score in scored.pop(0)] if n < len(whole) else []
+        for number, (text, whole) in enumerate(zip(texts, wholes)):
+            values = [score.logprob for score in next(scores)] if n < len(whole) else []
             ranked.append(Ranked(text, number, math.fsum(values), whole[n:], values))
         return sorted(ranked, key=lambda item: -item.total)
 
@@ -5234,7 +5295,8 @@ CHOICE_OPTIONS = {  # by their names in `Options`
 def add_choice_options(parser: Parser) -> None:
     for name, (kind, text) in CHOICE_OPTIONS.items():
         default = getattr(Options(), name)
-        shown = "a fresh one" if default is None else f"the model's own, or {default}"
+        shown = f"the model's own, or {default}" if name in STORED_OPTIONS else str(default)
+        shown = "a fresh one" if default is None else shown
         parser.add_argument(
             flag_of(name),
             type=kind,
@@ -5474,11 +5536,13 @@ def run_batch(model: Model, choices: dict[str, Any], options: Arguments) -> None
     check_regular("--batch", source)
     total = sum(1 for _ in numbered_lines(source, options.errors))
     with opened_output(path, source) as out:
-        done = finished_lines(out, path, total)
+        done, last = finished_lines(out, path, total)
+        run = BatchRun(model, choices, options, out, total)
+        run.check_input(done, last)
         if done:
             found = f"the answers up to line {done} are of an earlier run"
             print(f"tinygpt2: {show_path(path)}: {found}", file=sys.stderr)
-        BatchRun(model, choices, options, out, total).run(done)
+        run.run(done)
 
 
 class BatchRun:
@@ -5495,7 +5559,27 @@ class BatchRun:
         self.progress = progress_bar()
         self.waiting: list[int] = []  # the numbers of lines that are not written yet, in order
         self.ready: dict[int, str] = {}  # lines of the output that wait for others before them
+        self.sums: dict[int, str] = {}  # checksums of the waiting lines and all before them
         self.n_bad = 0
+        self.error: Optional[TinyGPT2Error] = None  # ends the run when what was begun is done
+
+    def numbered(self) -> Iterator[tuple[int, bytes, str]]:
+        """The lines of the input, each with a checksum of the options and all lines so far."""
+        start = [self.model.fingerprint, self.options.special, sorted(self.choices.items())]
+        crc = zlib.crc32(json.dumps(start).encode())
+        for number, line in numbered_lines(self.options.batch, self.options.errors):
+            crc = zlib.crc32(line, crc)
+            yield number, line, f"{crc:08x}"
+
+    def check_input(self, done: int, last: object) -> None:
+        """Refuse answers to other lines, or with other options, than those of this run."""
+        for number, _, crc in self.numbered():
+            if number == done and crc != last:
+                expected = f"answers to these {done} lines with these options, checksum {crc}"
+                path = self.options.out
+                raise FormatError(path, f"line {done}", expected, quote(last), ANOTHER_OUT)
+            if number >= done:
+                return
 
     def run(self, done: int) -> None:
         """Answer the lines behind the first `done`."""
@@ -5503,15 +5587,21 @@ class BatchRun:
             self.finish(number, answer)
         if self.progress and self.total:
             self.progress("answers", self.total, self.total)
+        error = self.error
+        if error is not None:
+            raise error
         if self.n_bad:
             print(f"tinygpt2: {self.n_bad} lines were wrong and skipped", file=sys.stderr)
 
     def answers(self, done: int) -> Iterator[tuple[int, Answer]]:
         """The answers that are to be computed, with the numbers of their lines."""
-        for number, line in numbered_lines(self.options.batch, self.options.errors):
+        for number, line, crc in self.numbered():
+            if self.error is not None:
+                return
             if number <= done or not line.strip():
                 continue
             self.waiting.append(number)
+            self.sums[number] = crc
             try:
                 answer = self.answer_to(line)
             except InputError as error:
@@ -5555,14 +5645,15 @@ class BatchRun:
         if self.progress:
             print(f"\r{'':60}", end="\r", file=sys.stderr)  # in place of the bar
         if self.options.bad_lines == "stop":
-            raise TinyGPT2Error(text)
+            self.error = self.error or TinyGPT2Error(text)
+            return
         print_error(text)
         self.n_bad += 1
         self.put(number, {"line": number, "error": str(error)})
 
     def put(self, number: int, values: dict[str, Any]) -> None:
         """Write a line of the output as soon as all before it are written."""
-        self.ready[number] = json.dumps(values)
+        self.ready[number] = json.dumps({**values, "input": self.sums.pop(number)})
         while self.waiting and self.waiting[0] in self.ready:
             first = self.waiting.pop(0)
             self.out.write(self.ready.pop(first).encode() + b"\n")
@@ -5639,16 +5730,16 @@ def opened_output(path: str, source: str) -> BinaryIO:
     return out
 
 
-def finished_lines(out: BinaryIO, path: str, total: int) -> int:
-    """The number of the last of `total` input lines whose answer is there.
+def finished_lines(out: BinaryIO, path: str, total: int) -> tuple[int, object]:
+    """The number of the last of `total` input lines whose answer is there, and its checksum.
 
     A line that a kill has cut off is removed. A file that is something else is refused.
     """
     out.seek(0)
-    done = kept = 0
+    done, last, kept = 0, None, 0
     line = out.readline(MAX_LINE)
     while line.endswith(b"\n"):
-        number = line_number(line)
+        number, last = line_number(line)
         if number is None or not done < number <= total:
             expected = f"rising line numbers, at most {total}, the lines of the input"
             raise FormatError(path, "content", expected, quote(line), ANOTHER_OUT)
@@ -5661,16 +5752,17 @@ def finished_lines(out: BinaryIO, path: str, total: int) -> int:
     if line:
         out.truncate(kept)
     out.seek(0, os.SEEK_END)
-    return done
+    return done, last
 
 
-def line_number(line: bytes) -> Optional[int]:
-    """What a line of the output is the answer to; None for a line of another kind."""
+def line_number(line: bytes) -> tuple[Optional[int], object]:
+    """What a line of the output answers, and its checksum; None for a line of another kind."""
     try:
-        number = parse_json_object("", "line", line).get("line")
+        values = parse_json_object("", "line", line)
     except FormatError:
-        return None
-    return number if is_count(number) else None
+        return None, None
+    number = values.get("line")
+    return number if is_count(number) else None, values.get("input")
 
 
 def print_answer(model: Model, prompt: Prompt, choices: dict[str, Any], options: Arguments) -> None:

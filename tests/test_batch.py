@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -151,6 +152,42 @@ def test_an_error_of_one_text_is_raised_and_leaves_the_others(model: Model) -> N
     assert done[1].result().text == model.generate("a", max_new_tokens=5, seed=1)
     with pytest.raises(ConstraintError):
         done[0].result()
+
+
+def test_caches_of_a_batch_are_freed_when_their_texts_end(model: Model) -> None:
+    gc.collect()
+    before = set(map(id, open_sessions(model)))
+    most = [0]
+
+    def count(ids: list[int]) -> range:
+        most[0] = max(most[0], sum(id(s) not in before for s in open_sessions(model)))
+        return range(257)
+
+    model.generate_batch(["a"] * 12, batch_size=3, seed=1, max_new_tokens=2, allowed=count)
+    assert 0 < most[0] <= 3 + 3  # those that have just ended, and their successors
+
+
+def open_sessions(model: Model) -> list[tinygpt2.Session]:
+    sessions = (o for o in gc.get_objects() if type(o) is tinygpt2.Session)
+    return [session for session in sessions if session.model is model and not session.closed]
+
+
+def test_errors_name_their_prompt(model: Model) -> None:
+    wrong: list[Any] = ["abc", None, 5]
+    for value in wrong:
+        with pytest.raises(InputError, match="prompts: expected a list of texts"):
+            model.generate_batch(value)
+    bad: list[Any] = ["a", 5]
+    with pytest.raises(InputError, match=r"prompts\[1\]: prompt: expected text"):
+        model.generate_batch(bad, num_return_sequences=2)
+    with pytest.raises(ContextError, match=r"prompts\[1\]: context: expected at most 128"):
+        model.generate_batch(["a", "b" * 200])
+    with pytest.raises(ConstraintError, match=r"prompts\[2\]: options allowed: no token") as caught:
+        model.generate_batch(
+            ["a", "b", "c"], allowed=lambda ids: [] if bytes(ids[:2]) == b"cx" else [ord("x")],
+            max_new_tokens=5, num_return_sequences=2,
+        )  # fmt: skip
+    assert (caught.value.text, caught.value.ids) == ("x", [ord("x")])
 
 
 def test_memory_of_a_batch_is_that_of_batch_size_texts(model: Model) -> None:

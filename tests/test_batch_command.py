@@ -89,6 +89,7 @@ def test_each_line_gets_its_answer(batch: Batch, toy: Model) -> None:
     assert batch.run(*flags) == (0, "", "")
     found = batch.answers()
     assert [answer.pop("line") for answer in found] == list(range(1, 1 + len(lines)))
+    assert len({answer.pop("input") for answer in found}) == len(lines)
     for line, answer in zip(lines, found):
         values = {"seed": 1, "max_new_tokens": 8, "top_k": 30, **line}
         prompt = values.pop("prompt", None)
@@ -270,7 +271,7 @@ def test_lines_that_are_wrong_are_named_and_skipped(batch: Batch, toy: Model) ->
     for i, (bad, words) in enumerate(BAD_LINES):
         answer, good = found[2 * i : 2 * i + 2]
         assert words in answer["error"], bad
-        assert set(answer) == {"line", "error"}
+        assert set(answer) == {"line", "error", "input"}
         place = f"tinygpt2: error: {batch.source}: line {2 * i + 1}: "
         assert messages[i] == place + answer["error"]
         assert good["text"] == toy.generate(**GOOD)
@@ -289,6 +290,9 @@ def test_a_line_that_is_wrong_ends_it_if_asked(batch: Batch, bad: object, words:
     batch.write([GOOD, bad, GOOD])
     check_failure(batch.run("--bad-lines", "stop", "--batch-size", "1"), 1, "line 2: ", words)
     assert [answer["line"] for answer in batch.answers()] == [1]
+    batch.out.unlink()
+    check_failure(batch.run("--bad-lines", "stop"), 1, "line 2: ", words)
+    assert [answer["line"] for answer in batch.answers()] == [1]  # begun at the same time
     batch.write([GOOD, GOOD, GOOD])
     result = batch.run("--bad-lines", "stop")
     assert (result.code, len(batch.answers())) == (0, 3)
@@ -540,9 +544,22 @@ def test_a_finished_run_changes_nothing(batch: Batch, unbroken: bytes) -> None:
     batch.write(MANY)
     batch.out.write_bytes(unbroken)
     os.utime(batch.out, (1, 1))
-    assert batch.run("--seed", "2").code == 0
+    assert batch.run("--seed", "1").code == 0
     assert batch.out.read_bytes() == unbroken
     assert batch.out.stat().st_mtime == 1
+
+
+def test_answers_to_another_input_or_with_other_options(batch: Batch, unbroken: bytes) -> None:
+    """Half of the answers would be wrong, and nobody would notice."""
+    begun = b"".join(unbroken.splitlines(keepends=True)[:9])
+    other_lines = [{"prompt": "b"}, *MANY[1:]]
+    for lines, flags in ((other_lines, ["1"]), (MANY, ["2"]), (MANY, ["1", "--special"])):
+        batch.write(lines)
+        batch.out.write_bytes(begun)
+        check_failure(batch.run("--seed", *flags), 1, "line 9", "with these options, checksum")
+        assert batch.out.read_bytes() == begun
+    batch.write([*MANY[:9], {"prompt": "b"}, *MANY[10:]])  # a line that has no answer yet
+    assert batch.run("--seed", "1").code == 0
 
 
 def test_lines_that_were_added_are_answered(batch: Batch, unbroken: bytes) -> None:

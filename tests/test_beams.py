@@ -112,3 +112,40 @@ def test_what_beams_refuse() -> None:
                 model.generate("a", num_beams=2, **options)
         with pytest.raises(InputError, match="num_return_sequences: expected at most num_beams"):
             model.generate_batch(["a"], num_beams=2, num_return_sequences=3)
+
+
+def test_beams_at_the_end_of_the_context() -> None:
+    with tinygpt2.toy() as model:
+        result = model.complete("x" * 126, num_beams=2, max_new_tokens=50)
+        assert (len(result.ids), result.finish_reason) == (3, "context")
+        results = model.generate_batch(["x"], num_beams=3, num_return_sequences=3, max_new_tokens=0)
+        assert [result.ids for result in results] == [[], [], []]
+        results = model.generate_batch(["x"], num_beams=3, num_return_sequences=3)
+        assert [r.timings.new_tokens for r in results] == [len(r.ids) for r in results]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"overflow": "error"},
+        {"max_time": 1.0},
+        {"top_k": 5},
+        {"repetition_penalty": 1.3},
+        {"logprobs": 2},
+    ],
+)
+def test_what_else_beams_refuse(more: dict[str, Any]) -> None:
+    """Each of these would be left out without a word."""
+    with tinygpt2.toy() as model, pytest.raises(InputError, match="beams"):
+        model.complete("x", num_beams=2, **more)
+
+
+def test_beams_of_a_model_with_its_own_penalty(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "c", {**TOY, "repetition_penalty": 1.3})
+    tinygpt2.convert(tmp_path / "c", tmp_path / "m.tg2")
+    with tinygpt2.load(tmp_path / "m.tg2") as model:
+        with pytest.raises(
+            InputError, match=r"no repetition_penalty; .* pass repetition_penalty=1.0"
+        ):
+            model.generate_ids([1], num_beams=2)
+        assert model.generate_ids([1], num_beams=2, repetition_penalty=1, max_new_tokens=3)

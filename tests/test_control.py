@@ -126,7 +126,7 @@ def test_a_corner_is_an_error_with_the_answer_so_far(model: Model) -> None:
     [
         *((p, "look-around") for p in ("a(?=c)b", "a(?!c)b", "(?<=a)b", "(?<!a)b", "(?>a|ab)c")),
         *((p, "look-around") for p in ("(?R)?a", "(a(?1)?b)", "(?&n)", "(?(1)a|b)", "(*FAIL)")),
-        *((p, "look-around") for p in ("(?r)ab", "(?b)ab", "(?e)ab", "(?p)a|ab")),
+        *((p, "look-around") for p in ("(?r)ab", "(?b)ab", "(?e)ab", "(?p)a|ab", "(?x)a+ +a")),
         *((p, "word boundary") for p in (r"x\bx", r"\Ba", r"a\m", r"\Ka", r"\X")),
         *((p, "possessive") for p in ("a++a", "a*+a", "a?+a", "a{2}+a", "[ab]++")),
         *((p, "fuzzy") for p in ("(?:ab){e<=1}", "(?:ab){i}", "(?:ab){1s+1d<3}")),
@@ -146,7 +146,20 @@ def test_expressions_that_are_none(model: Model, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"\(\?=a\)", r"[(?=]+", r"\+\+", r"[*+]{2}", r"a\\b", r"\{e\}", r"[\]\b]+"]
+    "pattern",
+    [
+        r"caf\351",
+        r"f\xe9",
+        r"(?#\b is not here)ab",
+        "(?|a|b)c",
+        r"\(\?=a\)",
+        r"[(?=]+",
+        r"\+\+",
+        r"[*+]{2}",
+        r"a\\b",
+        r"\{e\}",
+        r"[\]\b]+",
+    ],
 )
 def test_escapes_and_sets_are_taken_as_they_are(model: Model, pattern: str) -> None:
     text = model.generate("a", regex=pattern, seed=1, max_new_tokens=20)
@@ -155,8 +168,14 @@ def test_escapes_and_sets_are_taken_as_they_are(model: Model, pattern: str) -> N
 
 def test_a_slow_expression(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tinygpt2, "REGEX_TIMEOUT", 0.05)
-    with pytest.raises(InputError, match=r"option regex: one test took over 0\.05 s"):
+    with pytest.raises(ConstraintError, match=r"option regex: one test took over 0\.05") as caught:
         model.generate("a", regex="(?:a|aa)+$b", allowed=[ord("a")], max_new_tokens=100)
+    assert caught.value.text == "a" * len(caught.value.ids) != ""
+    monkeypatch.undo()
+    begun = time.monotonic()
+    result = model.complete("a", regex="[[:alpha:]]{3}[[:digit:]]{3}", max_time=0.3)
+    assert result.finish_reason in ("time", "end")
+    assert time.monotonic() - begun < 3
 
 
 def test_bytes_that_become_characters() -> None:
@@ -391,6 +410,15 @@ def test_a_shift_drops_the_oldest_half_behind_the_beginning(model: Model, keep: 
     assert found == ids
     assert session.tokens == text
     assert session.position == 3 * ROOM + 2
+
+
+def test_a_penalty_forgets_what_a_shift_dropped(model: Model) -> None:
+    """So that 150 and then 50 tokens are 200."""
+    options = {**LONG, "overflow": "shift", "repetition_penalty": 1.5}
+    whole = model.generate_ids("ab", **{**options, "max_new_tokens": 200})
+    with model.session() as session:
+        first = session.generate_ids("ab", **{**options, "max_new_tokens": 150})
+        assert first + session.generate_ids(**{**options, "max_new_tokens": 50}) == whole
 
 
 def test_a_shift_that_keeps_everything(model: Model) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Callable
 
 import numpy as np
 import pytest
-from conftest import TOY, write_checkpoint
+from conftest import TOY, read_safetensors, write_checkpoint
 
 import tinygpt2
 from tinygpt2 import FormatError, InputError, Model, Session, StateError
@@ -203,6 +203,29 @@ def test_hostile_metadata(model: Model, tmp_path: Path, name: str, value: object
     entries = {k: (v["dtype"], tuple(v["shape"])) for k, v in header.items()}
     path.write_bytes(tinygpt2.make_header(entries, metadata) + data[start:])
     refusal(model, path, lambda session: session.feed([1]))
+
+
+def test_keys_of_more_tokens_than_there_is_room_for(model: Model, tmp_path: Path) -> None:
+    """A text can have one token more than there are positions; its last one has no keys."""
+    path = tmp_path / "a.session"
+    session = model.session()
+    no_end = dict.fromkeys(model.config.eos_token_ids, -np.inf)
+    session.generate_ids([1], max_new_tokens=ROOM, logit_bias=no_end, seed=1)
+    assert len(session) == ROOM + 1
+    session.save(path)
+    assert model.load_session(path).tokens == session.tokens
+    metadata, tensors = read_safetensors(path)
+    state = {**json.loads(metadata["session"]), "cached": ROOM + 1}
+    metadata["session"] = json.dumps(state)
+    del metadata[tinygpt2.HEADER_CRC]
+    entries = {
+        **tinygpt2.snapshot_layout(model.config, ROOM + 1),
+        "tokens": ("I32", (ROOM + 1,)),
+    }
+    data = [b"\0" * tinygpt2.byte_size(*entries[name]) for name in ("keys", "values")]
+    content = tinygpt2.make_header(entries, metadata) + b"".join(data)
+    path.write_bytes(content + tensors["tokens"].tobytes())
+    assert f"cached <= {ROOM}" in refusal(model, path, lambda session: session.feed([1]))
 
 
 def test_hostile_tokens(model: Model, tmp_path: Path) -> None:

@@ -135,6 +135,18 @@ def test_rank(model: Model) -> None:
     assert next(item for item in ranked if not item.ending).total == 0
 
 
+def test_an_ending_that_changes_the_last_token_of_the_prompt(tales_path: Path) -> None:
+    """All endings are scored from the same place, so they stand in the order of whole texts."""
+    with tinygpt2.load(tales_path) as model:
+        for prompt in ("The almo", "He was verw", "Once upon a tim", "the daught"):
+            endings = ["st", ".", "er", "e", "y ", "s"]
+            ranked = model.rank(prompt, endings)
+            totals = {ending: model.score(prompt + ending).total for ending in endings}
+            assert [item.ending for item in ranked] == sorted(endings, key=lambda e: -totals[e])
+            gaps = [item.total - totals[item.ending] for item in ranked]
+            assert gaps == pytest.approx([gaps[0]] * len(gaps), abs=1e-4)
+
+
 def test_a_space_belongs_to_the_ending(model: Model) -> None:
     plain = model.rank("The king had a", [" son", " daughter"])
     moved = model.rank("The king had a ", ["son", "daughter"])
@@ -161,3 +173,9 @@ def test_what_scores_refuse(model: Model) -> None:
         model.rank("a", ["b " * 1000])
     with pytest.raises(InputError):
         model.rank("a", [5])  # type: ignore[list-item]
+    alone: list[Any] = ["King", None, 5]
+    for value in alone:
+        with pytest.raises(InputError, match="prompts: expected a list of texts"):
+            model.score_batch(value)
+        with pytest.raises(InputError, match="endings: expected a list of texts"):
+            model.rank("a", value)

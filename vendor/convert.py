@@ -497,7 +497,7 @@ def refuse_invalid_settings(path: str, settings: dict[str, Any]) -> None:
     others = [name for name in neutral if settings.get(name) not in (None, neutral[name])]
     if others:
         names = ", ".join(others)
-        tinygpt2.note(f"{path}: {names}: generation here does not have these settings")
+        tinygpt2.note(f"{path}: {names}: not taken over; pass the options if needed")
 
 
 # ------------------------------------------------------------------------------------------------
