@@ -117,13 +117,13 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
 
 
-def in_threads(work: Iterable[Callable[[], object]]) -> None:
+def in_threads(work: Iterable[Callable[[], object]], seconds: float = 60) -> None:
     """Call these at the same time, each in a thread of its own, and wait for all."""
     threads = [threading.Thread(target=item, daemon=True) for item in work]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(seconds)
         assert not thread.is_alive()
 
 

@@ -505,26 +505,48 @@ class Gate:
 WITH_GATE = f"import threading, tinygpt2\n{inspect.getsource(Gate)}"
 
 
+def answers_of(model: Model, number: int) -> Any:
+    """A text, its fork, a batch and a score; of the last two less, as they take longer."""
+    session = fed(model, [(7 * i + number) % 4000 for i in range(60)])
+    ids = list(session.stream_ids(seed=number, max_new_tokens=20))
+    forked = session.fork().generate_ids(seed=number, max_new_tokens=3)
+    batch = model.generate_batch([[number], ids], seed=number, max_new_tokens=3)
+    scores = model.score(ids[:5]).logprobs
+    is_exact = model.backend.name == "c"
+    logits = session.logits.tobytes() if is_exact else b""
+    return ids, forked, [result.ids for result in batch], scores if is_exact else None, logits
+
+
+def check_eight_threads(model: Model, is_over: Callable[[float, int], bool]) -> None:
+    """Eight threads use a model until `is_over`, which gets the seconds and a thread's rounds.
+    Each gets what it gets alone."""
+    expected = [answers_of(model, number) for number in range(8)]
+    assert len({repr(answers) for answers in expected}) == 8
+    outcomes: list[list[bool]] = [[] for _ in range(8)]
+    started = time.monotonic()
+
+    def work(number: int) -> None:
+        while not is_over(time.monotonic() - started, len(outcomes[number])):
+            outcomes[number].append(answers_of(model, number) == expected[number])
+
+    in_threads([functools.partial(work, number) for number in range(8)], 300)
+    assert all(outcomes)
+    assert all(is_right for rounds in outcomes for is_right in rounds)
+
+
 @needs_kernels
 @pytest.mark.parametrize("threads", slow([1, 3], [3]))
 def test_many_threads_with_a_session_each(tales_path: Path, threads: int) -> None:
     """One uses the pool, the others work alone: nobody's answer depends on it."""
     with opened(tales_path, threads=threads, chunk=16) as model:
+        check_eight_threads(model, lambda seconds, count: count == 1)
 
-        def answer(number: int) -> tuple[list[int], bytes]:
-            session = fed(model, [(7 * i + number) % 4000 for i in range(60)])
-            ids = list(session.stream_ids(seed=number, max_new_tokens=20))
-            return ids, session.logits.tobytes()
 
-        expected = [answer(number) for number in range(8)]
-        found: list[Any] = [None] * 8
-
-        def work(number: int) -> None:
-            found[number] = [answer(number) for _ in range(2)]
-
-        in_threads([functools.partial(work, number) for number in range(8)])
-    assert found == [[answer] * 2 for answer in expected]
-    assert len({logits for _, logits in expected}) == 8
+@pytest.mark.soak
+@pytest.mark.parametrize("backend", [pytest.param("c", marks=needs_kernels), "numpy"])
+def test_eight_threads_for_a_minute(tales_path: Path, backend: Any) -> None:
+    with tinygpt2.load(tales_path, backend=backend, threads=2) as model:
+        check_eight_threads(model, lambda seconds, count: seconds > 60)
 
 
 @needs_kernels
@@ -636,7 +658,7 @@ def run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=400,
         check=False,
     )
 
@@ -883,51 +905,36 @@ if __name__ == "__main__":
 # Nothing is left behind
 
 
+def live(model: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("regex", reason="expressions are matched by the package regex")
+    command = ["-W", "error", ROOT / "tests" / "lives.py", model, *arguments]
+    return run(command, HERE, {"PYTHONPATH": str(HERE)})
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "count"),
+    [
+        pytest.param("c", 900, marks=needs_kernels),
+        pytest.param("c", 10_000, marks=[needs_kernels, pytest.mark.soak]),
+        pytest.param("numpy", 3_000, marks=pytest.mark.soak),
+    ],
+)
+def test_many_lives_leave_nothing_behind(toy_path: Path, backend: str, count: int) -> None:
+    """Sessions, answers of every kind, forks, batches, models; closed, dropped or failed."""
+    done = live(toy_path, backend, count)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @needs_kernels
 @needs_proc
 @pytest.mark.slow
-def test_a_thousand_sessions_leave_nothing_behind(toy_path: Path) -> None:
-    """Half of the sessions are closed, the others only dropped; of the models the same. A round may
-    need more memory than the one before it, but not most of them, as they would with a leak."""
-    script = """
-import gc, os, statistics, sys
-import tinygpt2
-path = sys.argv[1]
-def state():
-    gc.collect()
-    with open("/proc/self/statm") as file:
-        memory = int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    with open("/proc/self/maps") as file:
-        maps = sum(path in line for line in file)
-    return memory, maps, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-def use(session, number):
-    session.feed([number % 256] * 40)
-    session.generate(seed=number, max_new_tokens=3, top_p=0.9)
-    session.rewind(5)
-def use_sessions(count):
-    for number in range(count):
-        session = model.session()
-        use(session, number)
-        if number % 2:
-            session.close()
-def use_models(count):
-    for number in range(count):
-        other = tinygpt2.load(path, backend="c", threads=2)
-        use(other.session(), number)
-        other.score("The thing")
-        if number % 2:
-            other.close()
-model = tinygpt2.load(path, backend="c", threads=2)
-for work, count in ((use_sessions, 250), (use_models, 50)):
-    states = []
-    for _ in range(5):
-        work(count)
-        states.append(state())
-    growth = [after[0] - before[0] for before, after in zip(states, states[1:])]
-    assert statistics.median(growth) < 100_000, (work.__name__, states)
-    assert len({each[1:] for each in states}) == 1, (work.__name__, states)
-"""
-    check_script(script, toy_path)
+@pytest.mark.parametrize("leak", ["an object", "a cache", "a descriptor", "a thread"])
+def test_a_leak_is_noticed(toy_path: Path, leak: str) -> None:
+    done = live(toy_path, "c", 180, leak)
+    assert done.returncode == 1
+    assert " grow: " in done.stderr
 
 
 @needs_kernels

@@ -10,16 +10,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOY, random_weights, slow, toy_tokenizer, write_checkpoint
+from conftest import ROOT, TOY, in_threads, random_weights, slow, toy_tokenizer, write_checkpoint
 
 import tinygpt2
 from tinygpt2 import ContextError, InputError, Model, Session, StateError
@@ -642,15 +641,6 @@ def test_ctrl_c_stops_a_long_prompt(tmp_path: Path) -> None:
 
 
 # Threads and processes
-
-
-def in_threads(work: Iterable[Callable[[], None]]) -> None:
-    threads = [threading.Thread(target=item) for item in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture
