@@ -2957,7 +2957,7 @@ class Answer:
         """The context is full: end, or make room."""
         if options.overflow == "shift":
             self.session._shift(options.keep)
-            self.sampler.seen = set(self.session._tokens)
+            self.sampler.seen = set(self.session._tokens)  # as an answer that began here has them
         elif options.overflow == "error":
             positions = self.session.model.config.n_positions
             found = f"all {positions} positions are used"

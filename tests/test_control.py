@@ -440,6 +440,21 @@ def test_a_shifted_text_goes_on_after_fork_save_and_rewind(model: Model, tmp_pat
     assert session.generate_ids(**more) == expected
 
 
+@pytest.mark.parametrize("n", [ROOM - 5, ROOM + 1, ROOM + 9])
+def test_tokens_that_a_shift_has_dropped_count_as_not_seen(model: Model, n: int) -> None:
+    """Neither for this answer nor for one that goes on from here: two parts are the whole."""
+    likes = {ord("a"): 10, ord("#"): 27}  # a seen "a" is worth 5, "#" 7, a seen "#" 3.5
+    options = {**LONG, "overflow": "shift", "repetition_penalty": 2, "logit_bias": likes}
+    options.update(allowed=[*b"a#"], temperature=0)
+    whole, parts = model.session(), model.session()
+    ids = whole.generate_ids("#b", **options)
+    assert ids.index(ord("#")) == ROOM - 1  # the first token behind the shift
+    first = parts.generate_ids("#b", **{**options, "max_new_tokens": n})
+    rest = parts.generate_ids(**{**options, "max_new_tokens": len(ids) - n})
+    assert first + rest == ids
+    assert parts.tokens == whole.tokens
+
+
 # Stopping it from outside
 
 
