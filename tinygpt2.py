@@ -69,6 +69,7 @@ from typing import (
     Protocol,
     SupportsFloat,
     SupportsIndex,
+    TextIO,
     Union,
 )
 
@@ -3694,6 +3695,15 @@ class SavedState(NamedTuple):
     crc32: str  # of logits and tokens
 
 
+STATE_KINDS: dict[str, tuple[type, ...]] = {  # as the hints above say
+    **dict.fromkeys(["cached", "n_tokens", "dropped"], (int,)),
+    **dict.fromkeys(["sums", "crc32"], (str,)),
+    "has_logits": (bool,),
+    "finish_reason": (str, type(None)),
+    "seed": (int, type(None)),
+}
+
+
 def session_layout(config: Config, state: SavedState) -> dict[str, Entry]:
     entries = snapshot_layout(config, state.cached)
     if state.has_logits:
@@ -3764,6 +3774,9 @@ class Snapshot:
         values = parse_json_object(self.file.path, field, text)
         if set(values) != set(SavedState._fields):
             self.refuse(field, "the names of a session", sorted(values))
+        for name, kinds in STATE_KINDS.items():
+            if not isinstance(values[name], kinds):
+                self.refuse(f"{field} {name}", " or ".join(k.__name__ for k in kinds), values[name])
         state = SavedState(**values)
         counts = all(map(is_count, (state.cached, state.n_tokens, state.dropped)))
         most = config.n_positions  # one more token than that may be there, but not its keys
@@ -3773,12 +3786,6 @@ class Snapshot:
         ):
             expected = f"cached <= n_tokens <= {most + 1}, cached <= {most}, and a count dropped"
             self.refuse(field, expected, (state.cached, state.n_tokens, state.dropped))
-        reason, seed = state.finish_reason, state.seed
-        is_known = reason is None or isinstance(reason, str)
-        if not is_known or not (seed is None or isinstance(seed, int)):
-            self.refuse(field, "a finish_reason and a seed", (reason, seed))
-        if not isinstance(state.has_logits, bool):
-            self.refuse(field, "true or false for has_logits", state.has_logits)
         check_tensors(self.file, session_layout(config, state))
         return state
 
@@ -4999,7 +5006,7 @@ SMALL = 1e-3
 
 
 def toy(
-    seed: int = 0,
+    seed: SupportsIndex = 0,
     *,
     backend: Optional[Literal["c", "numpy"]] = None,
     threads: Optional[SupportsIndex] = None,
@@ -5533,29 +5540,29 @@ ANOTHER_OUT = "it is not the output of this batch, and is left as it is; name an
 def run_batch(model: Model, choices: dict[str, Any], options: Arguments) -> None:
     """Answer the lines of one file in another. A run that was stopped goes on where it was."""
     source, path = options.batch, options.out
-    check_regular("--batch", source)
-    total = sum(1 for _ in numbered_lines(source, options.errors))
-    with opened_output(path, source) as out:
-        done, last = finished_lines(out, path, total)
-        run = BatchRun(model, choices, options, out, total)
-        run.check_input(done, last)
-        if done:
-            found = f"the answers up to line {done} are of an earlier run"
-            print(f"tinygpt2: {show_path(path)}: {found}", file=sys.stderr)
-        run.run(done)
+    with opened_input(source, options.errors) as text:
+        run = BatchRun(model, choices, options, text)
+        with opened_output(path, source) as out:
+            done, last = finished_lines(out, path, run.total)
+            run.check_input(done, last)
+            if done:
+                found = f"the answers up to line {done} are of an earlier run"
+                print(f"tinygpt2: {show_path(path)}: {found}", file=sys.stderr)
+            run.run(done, out)
 
 
 class BatchRun:
     """Computes what is missing of a batch."""
 
     def __init__(
-        self, model: Model, choices: dict[str, Any], options: Arguments, out: BinaryIO, total: int
+        self, model: Model, choices: dict[str, Any], options: Arguments, text: TextIO
     ) -> None:
         self.model = model
         self.choices = choices
         self.options = options
-        self.out = out
-        self.total = total
+        self.text = text
+        self.start = text.tell()
+        self.total = sum(1 for _ in numbered_lines(text))
         self.progress = progress_bar()
         self.waiting: list[int] = []  # the numbers of lines that are not written yet, in order
         self.ready: dict[int, str] = {}  # lines of the output that wait for others before them
@@ -5567,7 +5574,8 @@ class BatchRun:
         """The lines of the input, each with a checksum of the options and all lines so far."""
         start = [self.model.fingerprint, self.options.special, sorted(self.choices.items())]
         crc = zlib.crc32(json.dumps(start).encode())
-        for number, line in numbered_lines(self.options.batch, self.options.errors):
+        self.text.seek(self.start)
+        for number, line in numbered_lines(self.text):
             crc = zlib.crc32(line, crc)
             yield number, line, f"{crc:08x}"
 
@@ -5581,10 +5589,12 @@ class BatchRun:
             if number >= done:
                 return
 
-    def run(self, done: int) -> None:
+    def run(self, done: int, out: BinaryIO) -> None:
         """Answer the lines behind the first `done`."""
         for number, answer in run_all(self.answers(done), self.options.batch_size):
             self.finish(number, answer)
+            self.write(out)
+        self.write(out)
         if self.progress and self.total:
             self.progress("answers", self.total, self.total)
         error = self.error
@@ -5652,14 +5662,16 @@ class BatchRun:
         self.put(number, {"line": number, "error": str(error)})
 
     def put(self, number: int, values: dict[str, Any]) -> None:
-        """Write a line of the output as soon as all before it are written."""
         self.ready[number] = json.dumps({**values, "input": self.sums.pop(number)})
+
+    def write(self, out: BinaryIO) -> None:
+        """Write the lines of the output before which none is missing."""
         while self.waiting and self.waiting[0] in self.ready:
             first = self.waiting.pop(0)
-            self.out.write(self.ready.pop(first).encode() + b"\n")
+            out.write(self.ready.pop(first).encode() + b"\n")
             if self.progress and first < self.total:
                 self.progress("answers", first, self.total)
-        self.out.flush()
+        out.flush()
 
 
 def as_id(token: str) -> Union[int, str]:
@@ -5688,31 +5700,38 @@ def unreadable(path: str, error: Exception) -> FormatError:
     )
 
 
-def numbered_lines(path: str, errors: str) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file in UTF-8, numbered from 1. Its byte order mark tells its own encoding.
+def opened_input(path: str, errors: str) -> TextIO:
+    """A file whose byte order mark, if it has one, tells its encoding.
 
     Bytes that are no text stay as they are, to be refused with their line, unless `errors` is
     "replace".
     """
-    import io
-
+    check_regular("--batch", path)
     try:
         with open(path, "rb") as file:
             start, encoding = byte_order_mark(file.read(4), show_path(path), errors)
-            file.seek(start)
-            handling = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
-            handling = "replace" if errors == "replace" else handling
-            text = io.TextIOWrapper(file, encoding, handling, newline="\n")
-            for number in itertools.count(1):
-                line = text.readline(MAX_LINE)
-                if len(line) == MAX_LINE and not line.endswith("\n"):
-                    expected = f"at most {MAX_LINE} characters"
-                    raise FormatError(path, f"line {number}", expected, "more", "is it JSON lines?")
-                if not line:
-                    return
-                yield number, line.encode("utf-8", handling)
-    except (OSError, UnicodeError) as error:
+        handling = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+        handling = "replace" if errors == "replace" else handling
+        text = open(path, encoding=encoding, errors=handling, newline="\n")  # noqa: SIM115
+    except OSError as error:
         raise unreadable(path, error) from None
+    text.seek(start)
+    return text
+
+
+def numbered_lines(text: TextIO) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file in UTF-8, numbered from 1."""
+    for number in itertools.count(1):
+        try:
+            line = text.readline(MAX_LINE)
+        except (OSError, UnicodeError) as error:
+            raise unreadable(text.name, error) from None
+        if not line:
+            return
+        if len(line) == MAX_LINE and not line.endswith("\n"):
+            expected, advice = f"at most {MAX_LINE} characters", "is it a file of JSON lines?"
+            raise FormatError(text.name, f"line {number}", expected, "more", advice)
+        yield number, line.encode("utf-8", text.errors or "strict")
 
 
 def opened_output(path: str, source: str) -> BinaryIO:
@@ -5721,7 +5740,7 @@ def opened_output(path: str, source: str) -> BinaryIO:
     if os.path.exists(path) and os.path.samefile(path, source):
         raise InputError("--out: it is the file of --batch; name another one")
     try:
-        out = open(path, "a+b")  # noqa: SIM115 (its caller closes it)
+        out = open(path, "a+b")  # noqa: SIM115
     except (OSError, ValueError) as error:
         raise cannot_write(path, getattr(error, "strerror", None) or str(error)) from None
     if lock(out, wait=False) is False:
