@@ -820,7 +820,7 @@ def test_settings_without_a_counterpart_are_noted(tmp_path: Path, notes: Callabl
     neutral = {"typical_p": 1.0, "min_length": 0, "bad_words_ids": None, "num_return_sequences": 1}
     folder = write_generation(write(tmp_path / "m", {}), {**settings, **neutral})
     generation(folder)
-    assert "no_repeat_ngram_size, num_beams, suppress_tokens: generation here" in notes()
+    assert "no_repeat_ngram_size, num_beams, suppress_tokens: not taken over" in notes()
     assert str(folder / "generation_config.json") in notes()
 
 

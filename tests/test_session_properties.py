@@ -92,14 +92,19 @@ answers = st.one_of(short, short, long)
 options = st.one_of(answers, answers, answers, beams)
 
 
+def alternatives(values: dict[str, Any], n: int) -> int:
+    """How many to record; beams record none."""
+    return 0 if "num_beams" in values else n
+
+
 def whole(session: Any, prompt: Any, values: dict[str, Any], n: int) -> Any:
-    result = session.complete(prompt, logprobs=n, **values)
+    result = session.complete(prompt, logprobs=alternatives(values, n), **values)
     return result.text, result.ids, result.finish_reason, result.logprobs, result.top_logprobs
 
 
 def in_steps(session: Any, prompt: Any, values: dict[str, Any], n: int) -> Any:
     """Steps of a stream that is dropped before its end, perhaps, or cancelled."""
-    stream = session.stream(prompt, logprobs=2, **values)
+    stream = session.stream(prompt, logprobs=alternatives(values, 2), **values)
     pieces = list(itertools.islice(stream, n))
     if n % 2:
         stream.cancel()
@@ -343,11 +348,18 @@ class Lives(RuleBasedStateMachine):
             lambda: [
                 (r.text, r.ids, r.finish_reason, r.logprobs, r.top_logprobs)
                 for r in model.generate_batch(
-                    everything, batch_size=batch_size, logprobs=1, **values
+                    everything,
+                    batch_size=batch_size,
+                    logprobs=alternatives(values, 1),
+                    **values,
                 )
             ]
         )
-        errors = [expected for expected in alone if isinstance(expected[0], type)]
+        errors = [
+            (expected[0], f"prompts[{number}]: {expected[1]}", *expected[2:])
+            for number, expected in enumerate(alone)
+            if isinstance(expected[0], type)
+        ]
         if errors:
             assert found in errors
         else:
