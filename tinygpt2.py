@@ -5591,7 +5591,7 @@ class BatchRun:
 
     def run(self, done: int, out: BinaryIO) -> None:
         """Answer the lines behind the first `done`."""
-        for number, answer in run_all(self.answers(done), self.options.batch_size):
+        for number, answer in run_all(self.answers(done, out), self.options.batch_size):
             self.finish(number, answer)
             self.write(out)
         self.write(out)
@@ -5603,7 +5603,7 @@ class BatchRun:
         if self.n_bad:
             print(f"tinygpt2: {self.n_bad} lines were wrong and skipped", file=sys.stderr)
 
-    def answers(self, done: int) -> Iterator[tuple[int, Answer]]:
+    def answers(self, done: int, out: BinaryIO) -> Iterator[tuple[int, Answer]]:
         """The answers that are to be computed, with the numbers of their lines."""
         for number, line, crc in self.numbered():
             if self.error is not None:
@@ -5616,6 +5616,7 @@ class BatchRun:
                 answer = self.answer_to(line)
             except InputError as error:
                 self.refuse(number, error)
+                self.write(out)
             else:
                 yield number, answer
 
