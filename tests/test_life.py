@@ -541,7 +541,7 @@ def made(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n_orders", [*slow(8), pytest.param(500, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("n_orders", [*slow(8), pytest.param(200, marks=pytest.mark.soak)])
 def test_any_order_of_closing_and_dropping(backend: str, n_orders: int) -> None:
     """Random orders. What can be closed is closed or only dropped, twice or in its own callback."""
     script = f"""{THINGS}
@@ -573,6 +573,7 @@ for number in range({n_orders}):
             gc.collect()
     cycle = None
     gc.collect()
+    gc.collect()  # Python 3.9 takes two for generators that are in the middle
     left = {{type(thing).__name__ for thing in gc.get_objects()}}
     assert not left & {{"Model", "Session", "Answer", "AsyncAnswer", "CCache", "Snapshot"}}, left
 """
