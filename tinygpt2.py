@@ -2062,7 +2062,7 @@ def check_option(name: str, value: Any, vocab_size: int) -> Any:
         "max_time": (lambda v: as_number(v, 0, math.inf), "a number of seconds from 0"),
         "overflow": (lambda v: v if v in OVERFLOWS else None, f"one of {OVERFLOWS}"),
         "keep": (as_count, "a whole number from 0"),
-        "num_beams": (lambda v: as_count(v) or None, "a whole number from 1"),
+        "num_beams": (as_beam_count, f"a whole number from 1 to {MAX_BEAMS}"),
     }
     convert_value, expected = checks[name]
     checked = convert_value(value)
@@ -2087,6 +2087,14 @@ def near_name(name: str) -> str:
 def as_count(value: Any) -> Optional[int]:
     number = as_index(value)
     return number if number is not None and number >= 0 else None
+
+
+MAX_BEAMS = 256  # each has a cache of its own
+
+
+def as_beam_count(value: Any) -> Optional[int]:
+    count = as_count(value)
+    return count if count is not None and 1 <= count <= MAX_BEAMS else None
 
 
 def as_number(value: Any, low: float, high: float) -> Optional[float]:

@@ -110,6 +110,11 @@ def test_what_beams_refuse() -> None:
         ):
             with pytest.raises(InputError, match="option num_beams"):
                 model.generate("a", num_beams=2, **options)
+        for number in (0, 100_000, "2", 1.5):  # the second would take all memory for caches
+            with pytest.raises(
+                InputError, match="num_beams: expected a whole number from 1 to 256"
+            ):
+                model.generate("a", num_beams=number)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="num_return_sequences: expected at most num_beams"):
             model.generate_batch(["a"], num_beams=2, num_return_sequences=3)
 
