@@ -34,6 +34,8 @@ from test_cli import (
 import tinygpt2
 from tinygpt2 import Model
 
+pytest.importorskip("regex", reason="expressions are matched by the package regex")
+
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs the signals and links of POSIX")
 
 

@@ -26,6 +26,8 @@ from test_interface import is_source
 import tinygpt2
 from tinygpt2 import ConstraintError, Model, Session, StateError
 
+pytest.importorskip("regex", reason="expressions are matched by the package regex")
+
 BACKENDS = ["numpy"] if tinygpt2.library_path() is None else ["c", "numpy"]
 ENDLESS: dict[str, Any] = {
     "max_new_tokens": 10**6,
@@ -487,7 +489,6 @@ def test_another_thread_cancels_inside_a_long_prompt(
 
 def test_another_thread_cancels_while_an_expression_is_tried(gpt2: Model) -> None:
     """No token fits; to find that out each of 50,257 is tried, which takes a second."""
-    pytest.importorskip("regex", reason="expressions are matched by the package regex")
     data = [gpt2.need_tokenizer().token_bytes(token) for token in range(gpt2.config.vocab_size)]
     forbidden = {token: -math.inf for token, text in enumerate(data) if text.startswith(b"q")}
     stream = gpt2.stream("a", regex="q+", logit_bias=forbidden)
@@ -681,5 +682,4 @@ for path in ("none", sys.argv[1] + "x", "."):
     with contextlib.suppress(tinygpt2.TinyGPT2Error):
         tinygpt2.load(path)
 """
-    pytest.importorskip("regex", reason="expressions are matched by the package regex")
     assert check_script(script, toy_path) == ""
