@@ -5551,8 +5551,10 @@ def run_batch(model: Model, choices: dict[str, Any], options: Arguments) -> None
     with opened_input(source, options.errors) as text:
         run = BatchRun(model, choices, options, text)
         with opened_output(path, source) as out:
-            done, last = finished_lines(out, path, run.total)
+            done, last, size = finished_lines(out, path, run.total)
             run.check_input(done, last)
+            if size < os.fstat(out.fileno()).st_size:
+                out.truncate(size)  # a line that a kill has cut off
             if done:
                 found = f"the answers up to line {done} are of an earlier run"
                 print(f"tinygpt2: {show_path(path)}: {found}", file=sys.stderr)
@@ -5584,7 +5586,7 @@ class BatchRun:
         crc = zlib.crc32(json.dumps(start).encode())
         self.text.seek(self.start)
         for number, line in numbered_lines(self.text):
-            crc = zlib.crc32(line, crc)
+            crc = zlib.crc32(line.rstrip() + b"\n", crc)
             yield number, line, f"{crc:08x}"
 
     def check_input(self, done: int, last: object) -> None:
@@ -5758,29 +5760,24 @@ def opened_output(path: str, source: str) -> BinaryIO:
     return out
 
 
-def finished_lines(out: BinaryIO, path: str, total: int) -> tuple[int, object]:
-    """The number of the last of `total` input lines whose answer is there, and its checksum.
-
-    A line that a kill has cut off is removed. A file that is something else is refused.
-    """
+def finished_lines(out: BinaryIO, path: str, total: int) -> tuple[int, object, int]:
+    """The number of the last of `total` input lines whose answer is there, its checksum, and where
+    the answers end. A file that is something else is refused."""
     out.seek(0)
-    done, last, kept = 0, None, 0
+    done, last, size = 0, None, 0
     line = out.readline(MAX_LINE)
     while line.endswith(b"\n"):
         number, last = line_number(line)
         if number is None or not done < number <= total:
             expected = f"rising line numbers, at most {total}, the lines of the input"
             raise FormatError(path, "content", expected, quote(line), ANOTHER_OUT)
-        done, kept = number, kept + len(line)
+        done, size = number, size + len(line)
         line = out.readline(MAX_LINE)
     is_ours = done or b'{"line": '.startswith(line[:9])
     if not is_ours or len(line) == MAX_LINE:
         expected = f"lines of answers, none over {MAX_LINE} bytes"
         raise FormatError(path, "content", expected, quote(line), ANOTHER_OUT)
-    if line:
-        out.truncate(kept)
-    out.seek(0, os.SEEK_END)
-    return done, last
+    return done, last, size
 
 
 def line_number(line: bytes) -> tuple[Optional[int], object]:

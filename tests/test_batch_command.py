@@ -448,6 +448,7 @@ OTHERS: dict[str, bytes] = {
     "zeros": bytes(1000),
     "one binary line": bytes(range(256)) * 4 + b"\n",
     "a blank line": b'\n{"line": 1}\n',
+    "numbered lines of others": b'{"line": 1, "text": "a"}\n{"line": 2, "text": "b"}',
 }
 
 
@@ -568,6 +569,18 @@ def test_lines_that_were_added_are_answered(batch: Batch, unbroken: bytes) -> No
     batch.write(MANY[:11])
     assert batch.run("--seed", "1").code == 0
     batch.write(MANY)
+    assert batch.run("--seed", "1").code == 0
+    assert batch.out.read_bytes() == unbroken
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_ends_do_not_make_another_input(batch: Batch, unbroken: bytes, end: str) -> None:
+    """An editor may have added the last one, or changed them all."""
+    batch.write(MANY[:11])
+    batch.source.write_bytes(batch.source.read_bytes().rstrip(b"\n"))
+    assert batch.run("--seed", "1").code == 0
+    batch.write(MANY)
+    batch.source.write_bytes(batch.source.read_bytes().replace(b"\n", end.encode()))
     assert batch.run("--seed", "1").code == 0
     assert batch.out.read_bytes() == unbroken
 
