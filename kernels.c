@@ -419,8 +419,11 @@ typedef struct { /* c = bias + a x w, as in the table */
 
 /* Copies rows of a side by side: one fetch for all panels, and constant distances. */
 static void copy_rows(float *block, const operands *o, int row, int rows, int p, int depth) {
-    for (int r = 0; r < rows; r++)
-        memcpy(block + r * BLOCK_STRIDE, o->a + (row + r) * o->a_stride + p, depth * sizeof *o->a);
+    for (int r = 0; r < rows; r++) {
+        const float *a = o->a + (row + r) * o->a_stride + p;
+        for (int i = 0; i < depth; i += WIDTH)
+            store(block + r * BLOCK_STRIDE + i, load_some(a + i, depth - i, 0));
+    }
 }
 
 /* The tile of c from (row, panel) for the inputs from p, whose rows of a are in `block`. The first
@@ -1871,6 +1874,11 @@ static int keep_min_p(tg_pass *p, int n, double best, const tg_options *o) {
     return kept;
 }
 
+/* Whether every token may be chosen, by its logit. */
+static int is_plain(const tg_options *o) {
+    return o->n_bias == 0 && o->n_seen == 0 && !o->allowed;
+}
+
 /* Fills the candidates with the tokens that are allowed, bias and penalty included, but for those
  * with a score of -infinity; returns how many. */
 static int list_candidates(tg_pass *p, const float *logits, const tg_options *o) {
@@ -1884,7 +1892,7 @@ static int list_candidates(tg_pass *p, const float *logits, const tg_options *o)
         *score = *score < 0 ? *score * o->repetition_penalty : *score / o->repetition_penalty;
     }
 
-    if (o->n_bias == 0 && o->n_seen == 0 && !o->allowed) return size;
+    if (is_plain(o)) return size;
     int n = 0;
     for (int t = 0; t < size; t++)
         if (c[t].score > -INFINITY && (!o->allowed || o->allowed[t])) c[n++] = c[t];
@@ -1898,12 +1906,13 @@ static int filter(tg_pass *p, int n, double best, const tg_options *o) {
     return keep_min_p(p, n, best, o);
 }
 
-static int32_t choose(tg_pass *p, const float *logits, const tg_options *o) {
+/* `top` is the token with the largest logit. */
+static int32_t choose(tg_pass *p, const float *logits, const tg_options *o, int top) {
     candidate *c = p->candidates;
     int n = list_candidates(p, logits, o);
     if (n == 0) return TG_NO_TOKEN;
 
-    candidate best = first_best(c, n);
+    candidate best = is_plain(o) ? c[top] : first_best(c, n);
     if (o->temperature == 0) return best.token;
 
     n = filter(p, n, best.score, o);
@@ -1979,11 +1988,10 @@ int tg_choose(tg_pass *p, const float *logits, const tg_options *o, int32_t *tok
     if (!enter(p)) return TG_BUSY;
     if (!options_are_good(p, o)) return leave(p, TG_BAD_ARGUMENT);
 
-    int best = p->model->kernels->best(logits, p->model->config.vocab_size);
-    if (best < 0) return leave(p, TG_NOT_FINITE);
+    int top = p->model->kernels->best(logits, p->model->config.vocab_size);
+    if (top < 0) return leave(p, TG_NOT_FINITE);
 
-    int plain = o->n_bias == 0 && o->n_seen == 0 && !o->allowed;
-    *token = plain && o->temperature == 0 ? best : choose(p, logits, o);
+    *token = is_plain(o) && o->temperature == 0 ? top : choose(p, logits, o, top);
     return leave(p, TG_DONE);
 }
 
