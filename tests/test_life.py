@@ -542,7 +542,7 @@ def made(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("n_orders", [*slow(8), pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("n_orders", [*slow(8), pytest.param(100, marks=pytest.mark.soak)])
 def test_any_order_of_closing_and_dropping(backend: str, n_orders: int) -> None:
     """Random orders. What can be closed is closed or only dropped, twice or in its own callback."""
     script = f"""{THINGS}

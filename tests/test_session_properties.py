@@ -379,7 +379,7 @@ class Lives(RuleBasedStateMachine):
         self.add(self.model.session())
 
 
-@pytest.mark.parametrize("n_examples", [4, *slow(25), pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("n_examples", [4, *slow(25), pytest.param(80, marks=pytest.mark.soak)])
 def test_random_lives_end_as_fresh_runs(model: Model, n_examples: int) -> None:
     lives = type("Lives", (Lives,), {"model": model})
     repeatable = settings(
